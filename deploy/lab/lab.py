@@ -1,0 +1,95 @@
+"""``lab.py up | down | demo | on NODE COMMAND…``: the lab's command line, called by the Makefile.
+
+``up`` leaves the lab standing and prints what is worth trying; ``down`` removes exactly what ``up`` made.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lab import demo, network
+from lab.cluster import Lab, wait_until
+from lab.topology import NODES
+
+USAGE = "usage: lab.py up | down | demo | on NODE COMMAND [ARGUMENT ...]"
+
+
+def up() -> int:
+    """Build the lab, wait until it works, connect one pod a node, print five commands."""
+    lab = Lab()
+    progress = demo.Progress()
+    try:
+        lab.up(progress)
+        progress("waiting until every agent is in sync and every BGP session is established")
+        for node in NODES:
+            if not wait_until(lambda name=node.name: demo.ready(lab, name), 40):  # type: ignore[misc]
+                raise network.LabError(f"{node.name} is not in sync after 40 s; see {lab.log_file(node.name)}")
+        for node in NODES:
+            progress(f"{lab.add_pod(node.name).name}: {' '.join(lab.pods[node.name + '-pod1'].addresses)}")
+    except (network.LabError, KeyboardInterrupt) as error:
+        print(f"lab: {error or 'interrupted'}", file=sys.stderr)
+        if lab.folder.exists() and "is there already" not in str(error):
+            lab.down()
+        return 1
+    target = lab.pods["node3-pod1"].addresses[1]
+    on = f"{sys.executable} {Path(__file__)} on"
+    print("\nThe lab stands. Worth trying:\n")
+    for text, command in (
+        ("how the agent stands", f"{on} node1 kube-routerctl status"),
+        ("its processes, and restart one", f"{on} node1 supervisorctl restart router"),
+        ("a pod on the other segment", f"ip netns exec {lab.namespaces.full('node1-pod1')} ping -c 3 {target}"),
+        ("what BGP holds", f"{on} node1 gobgp global rib"),
+        ("the log of all workers", f"tail -f {lab.log_file('node1')}"),
+    ):
+        print(f"  # {text}\n  {command}")
+    print("\nEdit a Node under", lab.manifests, "and watch it being followed. Remove all with: make lab-down")
+    return 0
+
+
+def down() -> int:
+    """Remove the standing lab; fine when there is none."""
+    Lab().down()
+    return 0
+
+
+def on(arguments: list[str]) -> int:
+    """Become a command on a node of the standing lab."""
+    if len(arguments) < 2 or arguments[0] not in {node.name for node in NODES}:
+        print(USAGE, file=sys.stderr)
+        return 2
+    lab = Lab()
+    if not lab.run_dir(arguments[0]).exists():
+        print("lab: no lab is standing; build one with: make lab-up", file=sys.stderr)
+        return 1
+    os.chdir(lab.run_dir(arguments[0]))
+    command = lab.namespaces.command(arguments[0], arguments[1:])
+    os.execvpe(command[0], command, lab.environment(arguments[0]))
+
+
+def main(arguments: list[str]) -> int:
+    """Dispatch; returns the exit status."""
+    if os.geteuid() != 0:
+        print("lab: needs root (network namespaces)", file=sys.stderr)
+        return 1
+    # SIGTERM (a CI that gives up) must clean up as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    match arguments:
+        case ["up"]:
+            return up()
+        case ["down"]:
+            return down()
+        case ["demo"]:
+            return demo.main()
+        case ["on", *rest]:
+            return on(rest)
+    print(USAGE, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

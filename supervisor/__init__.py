@@ -1,0 +1,1 @@
+"""Who runs: the command line, the settings, the supervisord configuration, its event listener and the control tool."""

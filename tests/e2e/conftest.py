@@ -1,0 +1,46 @@
+"""Fixtures of the end-to-end tier: a standing lab of three nodes, made of network namespaces."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "deploy"))
+
+from lab import demo, network
+from lab.cluster import CNI_PLUGIN_DIRS, Lab, wait_until
+from lab.topology import NODES
+from support.gotools import tools_dir
+
+FLAVOURS = {"debian": None, "current": "current"}
+
+
+@pytest.fixture(scope="module", params=["debian", "current"])
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """A lab in which every agent is in sync and one pod runs on each node.
+
+    Once with Debian's gobgpd 3.10 and CNI plugins, once with the current gobgpd 4 and plugins.
+    """
+    current = request.param == "current"
+    plugin_dirs = (tools_dir(),) if current else CNI_PLUGIN_DIRS
+    made = Lab(f"e2e{os.getpid()}{request.param[0]}", gobgpd_dir=tools_dir() if current else None, plugin_dirs=plugin_dirs)
+    try:
+        made.up(lambda text: None)
+        for node in NODES:
+            assert wait_until(lambda name=node.name: demo.ready(made, name), 60), explain(made, node.name)
+            made.add_pod(node.name)
+        yield made
+    except network.LabError as error:
+        pytest.fail(str(error))
+    finally:
+        made.down()
+
+
+def explain(lab: Lab, node: str) -> str:
+    """Status and last log lines of a node, for a failed assertion."""
+    log = lab.log_file(node).read_text(errors="replace") if lab.log_file(node).exists() else ""
+    return f"{node}: {lab.status(node)}\n" + "\n".join(log.splitlines()[-40:])

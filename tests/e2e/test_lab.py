@@ -1,0 +1,273 @@
+"""The whole agent on three nodes: connectivity, kills under traffic, live changes, restarts without a write."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from lab import demo, network
+from lab.cluster import Lab, wait_until
+from lab.pings import SteadyPing, matrix
+from lab.topology import EXTERNAL_HOSTS, NODES, node_manifest
+
+NODE1 = NODES[0]
+
+
+def output(lab: Lab, node: str, *command: str) -> str:
+    """Output of a command on a node; it must succeed."""
+    done = lab.on(node, command)
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    return done.stdout
+
+
+def pod_routes(lab: Lab, node: str) -> set[str]:
+    """The node's kernel routes of protocol 17, both families, one line each without volatile parts."""
+    lines = output(lab, node, "ip", "route", "show", "proto", "17") + output(lab, node, "ip", "-6", "route", "show", "proto", "17")
+    return {" ".join(line.split()) for line in lines.splitlines()}
+
+
+def dataplane(lab: Lab, node: str) -> dict[str, str]:
+    """Everything in a node's kernel that the agent makes, as text without counters."""
+    return {
+        "routes": "\n".join(sorted(pod_routes(lab, node))),
+        "iptables": _rules(output(lab, node, "iptables-save")),
+        "ip6tables": _rules(output(lab, node, "ip6tables-save")),
+        "ipset": "\n".join(sorted(line for line in output(lab, node, "ipset", "save").splitlines())),
+        "links": output(lab, node, "ip", "-br", "link"),
+        "conflist": lab.conf_file(node).read_text(),
+    }
+
+
+def _rules(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if line.startswith("-A"))
+
+
+def pid_of(lab: Lab, node: str, worker: str) -> int:
+    return int(demo.workers_of(lab.status(node))[worker]["pid"])  # type: ignore[call-overload]
+
+
+def restarted(lab: Lab, node: str, worker: str, before: int) -> bool:
+    found = demo.workers_of(lab.status(node)).get(worker, {})
+    return found.get("state") == "RUNNING" and found.get("pid") not in (None, 0, before) and demo.ready(lab, node)
+
+
+@contextmanager
+def kernel_writes(lab: Lab, node: str) -> Iterator[list[str]]:
+    """Collects what the kernel tells of changes to links, addresses, routes, rules and nftables in a node."""
+    seen: list[str] = []
+    watchers = [
+        subprocess.Popen(lab.namespaces.command(node, command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for command in (["ip", "monitor", "link", "address", "route", "rule"], ["nft", "monitor"])
+    ]
+    time.sleep(0.3)
+    try:
+        yield seen
+    finally:
+        time.sleep(0.3)
+        for watcher in watchers:
+            watcher.terminate()
+            text, _ = watcher.communicate(timeout=10)
+            seen += [line for line in text.splitlines() if line.strip() and not _is_neighbour_noise(line)]
+
+
+def _is_neighbour_noise(line: str) -> bool:
+    return " lladdr " in line or line.strip().startswith("# new generation")
+
+
+def test_every_pod_reaches_every_pod_and_the_external_host(lab: Lab) -> None:
+    cells = matrix(lab)
+    assert len(cells) == 3 * 3 * 2
+    assert [cell for cell in cells if not cell.ok] == []
+
+
+def test_the_external_router_learns_the_pod_cidrs_and_no_other_prefix_of_the_cluster(lab: Lab) -> None:
+    wanted = {cidr for node in NODES for cidr in node.pod_cidrs}
+
+    def learned() -> set[str]:
+        text = network.bird_routes(lab.namespaces, "external", lab.folder / "external")
+        return {word for word in text.split() if "/" in word and word.startswith(("10.244", "fd00:244"))}
+
+    assert wait_until(lambda: learned() == wanted, 20), learned()
+
+
+def test_learned_routes_are_in_the_main_table_for_next_hops_on_the_own_segment(lab: Lab) -> None:
+    routes = pod_routes(lab, "node1")
+    assert any(route.startswith("10.244.2.0/24 via 10.10.1.12 ") for route in routes), routes
+    assert any(route.startswith("fd00:244:2::/64 via fd10:1::12 ") for route in routes), routes
+    assert any(route.startswith("198.51.100.0/24 via 10.10.1.1 ") for route in routes), routes
+    assert not any(route.startswith(("10.244.3.0/24", "fd00:244:3::/64")) for route in routes), routes
+
+
+def test_pods_leave_the_cluster_with_the_nodes_address(lab: Lab) -> None:
+    capture = subprocess.Popen(
+        lab.namespaces.command("external", ["tcpdump", "-nli", "uplink", "-c", "2", "icmp[0]=8 or icmp6[0]=128"]),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    time.sleep(1)
+    for host in EXTERNAL_HOSTS:
+        network.run(lab.namespaces.command("node1-pod1", ["ping", "-c", "1", "-W", "2", host]))
+    text, _ = capture.communicate(timeout=10)
+    assert "10.10.1.11 > 198.51.100.1" in text, text
+    assert "fd10:1::11 > 2001:db8:100::1" in text, text
+
+
+@pytest.mark.parametrize("worker", ["watcher", "cni", "router", "health"])
+def test_killing_a_worker_loses_no_packet_and_changes_nothing(lab: Lab, worker: str) -> None:
+    before = dataplane(lab, "node1")
+    pid = pid_of(lab, "node1", worker)
+    pings = [
+        SteadyPing(lab, "node1-pod1", pod.name, address)
+        for pod in lab.pods.values()
+        if pod.name != "node1-pod1"
+        for address in pod.addresses
+    ]
+    with kernel_writes(lab, "node1") as writes:
+        time.sleep(0.3)
+        os.kill(pid, signal.SIGKILL)
+        assert wait_until(lambda: restarted(lab, "node1", worker, pid), 20), lab.status("node1")
+    for ping in pings:
+        sent, lost = ping.stop()
+        assert lost == 0 and sent > 50, f"{ping.family} to {ping.target}: lost {lost} of {sent}"
+    assert dataplane(lab, "node1") == before
+    assert writes == []
+
+
+@pytest.mark.parametrize("worker", ["cni", "router"])
+def test_restarting_a_worker_by_supervisorctl_writes_nothing(lab: Lab, worker: str) -> None:
+    pid = pid_of(lab, "node1", worker)
+    with kernel_writes(lab, "node1") as writes:
+        output(lab, "node1", "supervisorctl", "restart", worker)
+        assert wait_until(lambda: restarted(lab, "node1", worker, pid), 20)
+    assert writes == []
+    workers = demo.workers_of(lab.status("node1"))
+    assert workers[worker]["writes"] == 0, workers[worker]
+
+
+def test_killing_gobgpd_keeps_the_nodes_own_routes_and_heals(lab: Lab) -> None:
+    pid = pid_of(lab, "node1", "gobgpd")
+    before = pod_routes(lab, "node1")
+    with kernel_writes(lab, "node1") as writes:
+        os.kill(pid, signal.SIGKILL)
+        assert wait_until(lambda: restarted(lab, "node1", "gobgpd", pid), 40), lab.status("node1")
+    assert not [line for line in writes if line.startswith("Deleted")], writes
+    assert pod_routes(lab, "node1") == before
+    assert wait_until(lambda: any(r.startswith("10.244.1.0/24 via") for r in pod_routes(lab, "node2")), 20)
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        ["iptables", "-D", "FORWARD", "-i", "kube-bridge", "-m", "comment", "--comment", "allow outbound traffic from pods", "-j", "ACCEPT"],
+        ["ip6tables", "-t", "nat", "-F", "POSTROUTING"],
+        ["ip", "route", "del", "10.244.2.0/24"],
+        ["ip", "-6", "route", "del", "fd00:244:2::/64"],
+        ["ipset", "flush", "kube-router-pod-subnets"],
+        ["ipset", "del", "inet6:kube-router-node-ips", "fd10:1::12"],
+    ],
+    ids=lambda command: " ".join(command[:6]),
+)
+def test_what_someone_removes_is_there_again(lab: Lab, foreign: list[str]) -> None:
+    before = dataplane(lab, "node1")
+    output(lab, "node1", *foreign)
+    assert wait_until(lambda: dataplane(lab, "node1") == before, 5), dataplane(lab, "node1")
+
+
+def test_a_changed_pod_cidr_is_followed_everywhere_without_a_restart(lab: Lab) -> None:
+    pids = {name: worker["pid"] for name, worker in demo.workers_of(lab.status("node2")).items()}
+    manifest = node_manifest(NODES[1])
+    changed = json.loads(json.dumps(manifest))
+    changed["spec"]["podCIDRs"] = ["10.244.22.0/24", "fd00:244:22::/64"]
+    changed["spec"]["podCIDR"] = "10.244.22.0/24"
+    try:
+        lab.write_manifest("node2", changed)
+
+        def followed() -> bool:
+            routes = pod_routes(lab, "node1")
+            return (
+                any(route.startswith("10.244.22.0/24 via 10.10.1.12") for route in routes)
+                and any(route.startswith("fd00:244:22::/64 via fd10:1::12") for route in routes)
+                and not any(route.startswith(("10.244.2.0/24", "fd00:244:2::/64")) for route in routes)
+                and "10.244.22.0/24" in lab.conf_file("node2").read_text()
+                and "10.244.2.0/24" not in lab.conf_file("node2").read_text()
+                and "10.244.22.0/24" in output(lab, "node3", "ipset", "list", "kube-router-pod-subnets")
+            )
+
+        assert wait_until(followed, 15), pod_routes(lab, "node1")
+    finally:
+        lab.write_manifest("node2", manifest)
+    assert wait_until(lambda: any(r.startswith("10.244.2.0/24 via") for r in pod_routes(lab, "node1")), 15)
+    assert {name: worker["pid"] for name, worker in demo.workers_of(lab.status("node2")).items()} == pids
+
+
+def test_a_node_that_goes_takes_its_routes_and_session_with_it(lab: Lab) -> None:
+    manifest = node_manifest(NODES[1])
+    (lab.manifests / "node2.yaml").unlink()
+    try:
+        assert wait_until(lambda: not any("10.10.1.12" in r for r in pod_routes(lab, "node1")), 15), pod_routes(lab, "node1")
+        sessions = lab.status("node1")["sessions"]
+        assert "10.10.1.12" not in {session["address"] for session in sessions}
+    finally:
+        lab.write_manifest("node2", manifest)
+    assert wait_until(lambda: all(demo.ready(lab, node.name) for node in NODES), 40)
+    assert wait_until(lambda: any(r.startswith("10.244.2.0/24 via") for r in pod_routes(lab, "node1")), 20)
+
+
+def test_upgrade_by_stop_and_start_leaves_the_dataplane(lab: Lab) -> None:
+    before = dataplane(lab, "node3")
+    agent = lab.agents["node3"]
+    began = time.monotonic()
+    agent.send_signal(signal.SIGTERM)
+    agent.wait(timeout=15)
+    assert time.monotonic() - began <= 10
+    assert dataplane(lab, "node3") == before
+    with kernel_writes(lab, "node3") as writes:
+        lab.start_agent(NODES[2])
+        assert wait_until(lambda: demo.ready(lab, "node3"), 40), lab.log_file("node3").read_text()[-3000:]
+    assert not [line for line in writes if line.startswith("Deleted")], writes
+    assert dataplane(lab, "node3") == before
+    assert wait_until(lambda: all(cell.ok for cell in matrix(lab)), 20)
+
+
+def test_killing_supervisord_leaves_the_dataplane_and_a_new_agent_takes_over(lab: Lab) -> None:
+    before = dataplane(lab, "node3")
+    agent = lab.agents["node3"]
+    agent.kill()
+    agent.wait(timeout=5)
+    in_namespace = lambda: network.run(["ip", "netns", "pids", lab.namespaces.full("node3")]).split()  # noqa: E731
+    assert wait_until(lambda: not in_namespace(), 10), "orphans are left in the node"
+    assert dataplane(lab, "node3") == before
+    lab.start_agent(NODES[2])
+    assert wait_until(lambda: demo.ready(lab, "node3"), 40), lab.log_file("node3").read_text()[-3000:]
+    assert dataplane(lab, "node3") == before
+    assert wait_until(lambda: all(cell.ok for cell in matrix(lab)), 20)
+
+
+def test_cleanup_config_removes_what_the_agent_made_and_nothing_else(lab: Lab) -> None:
+    """Runs last: the agent of node3 does not come back."""
+    output(lab, "node3", "iptables", "-A", "FORWARD", "-s", "192.0.2.1", "-j", "ACCEPT")
+    output(lab, "node3", "ipset", "create", "foreign", "hash:ip")
+    output(lab, "node3", "ip", "route", "add", "192.0.2.0/24", "via", "10.10.2.1")
+    agent = lab.agents["node3"]
+    agent.terminate()
+    agent.wait(timeout=15)
+    done = subprocess.run(
+        lab.namespaces.command("node3", [*lab.agent_command(NODES[2]), "--cleanup-config"]),
+        capture_output=True,
+        text=True,
+        env=lab.environment("node3"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert pod_routes(lab, "node3") == set()
+    assert "kube-router" not in output(lab, "node3", "ipset", "save")
+    assert "foreign" in output(lab, "node3", "ipset", "save")
+    assert _rules(output(lab, "node3", "iptables-save")) == "-A FORWARD -s 192.0.2.1/32 -j ACCEPT"
+    assert _rules(output(lab, "node3", "ip6tables-save")) == ""
+    assert "192.0.2.0/24" in output(lab, "node3", "ip", "route")

@@ -1,0 +1,1 @@
+"""What they do: one subpackage a worker process, and what all workers share."""
