@@ -48,13 +48,7 @@ def quote(text: str) -> str:
 
 def quote_character(character: str) -> str:
     """One character between single quotes, as ``%q`` prints a rune."""
-    inner = (
-        "\\'"
-        if character == "'"
-        else '"'
-        if character == '"'
-        else _quoted_character(character)
-    )
+    inner = "\\'" if character == "'" else '"' if character == '"' else _quoted_character(character)
     return f"'{inner}'"
 
 
@@ -94,14 +88,10 @@ def parse_uint(text: str, base: int, bits: int) -> int:
     if not text:
         raise fail("invalid syntax")
     value = 0
-    for (
-        character
-    ) in digits:  # in order: Go reports what it meets first, overflow or a stranger
+    for character in digits:  # in order: Go reports what it meets first, overflow or a stranger
         if base == 0 and character == "_":
             continue
-        digit = (
-            int(character, 36) if character.isascii() and character.isalnum() else radix
-        )
+        digit = int(character, 36) if character.isascii() and character.isalnum() else radix
         if digit >= radix:
             raise fail("invalid syntax")
         value = value * radix + digit
@@ -113,9 +103,7 @@ def parse_uint(text: str, base: int, bits: int) -> int:
 
 
 def _underscores_between_digits(text: str, digits: str, radix: int) -> bool:
-    prefixed = len(text) != len(
-        digits
-    )  # a base prefix counts as a digit before the underscore
+    prefixed = len(text) != len(digits)  # a base prefix counts as a digit before the underscore
     body = digits if not prefixed else "0" + digits
     return not (body.startswith("_") or body.endswith("_") or "__" in body)
 
@@ -129,10 +117,7 @@ def parse_int(text: str, bits: int) -> int:
     if not re.fullmatch(r"[+-]?[0-9]+", text, re.ASCII):
         raise fail("invalid syntax")
     sign, digits = (-1 if text[0] == "-" else 1), text.lstrip("+-").lstrip("0")
-    if (
-        len(digits) > 20
-        or not -(1 << bits - 1) <= sign * int(digits or "0") < 1 << bits - 1
-    ):
+    if len(digits) > 20 or not -(1 << bits - 1) <= sign * int(digits or "0") < 1 << bits - 1:
         raise fail("value out of range")
     return sign * int(digits or "0")
 
@@ -157,9 +142,7 @@ def parse_duration(text: str) -> int:
         if not match[4]:
             raise ValueError(f"time: missing unit in duration {_time_quote(text)}")
         if match[4] not in NANOSECONDS:
-            raise ValueError(
-                f"time: unknown unit {_time_quote(match[4])} in duration {_time_quote(text)}"
-            )
+            raise ValueError(f"time: unknown unit {_time_quote(match[4])} in duration {_time_quote(text)}")
         total += _nanoseconds(match[1], match[3] or "", NANOSECONDS[match[4]])
         if total > _INT64_LIMIT:
             raise invalid
@@ -177,9 +160,7 @@ def _nanoseconds(whole: str, fraction: str, unit: int) -> int:
         if value > (_INT64_LIMIT - 1) // 10 or longer > _INT64_LIMIT:
             break
         value, scale = longer, scale * 10
-    return int(whole or "0") * unit + (
-        int(float(value) * (float(unit) / scale)) if value else 0
-    )
+    return int(whole or "0") * unit + (int(float(value) * (float(unit) / scale)) if value else 0)
 
 
 def _time_quote(text: str) -> str:
@@ -225,9 +206,7 @@ def read_csv(text: str) -> tuple[str, ...]:
     if not text:
         return ()
     lines = _lines(text)
-    number = 0
-    for line in lines:
-        number += 1
+    for number, line in enumerate(lines, 1):
         if line != "\n":
             return tuple(_fields(line, lines, number))
     raise ValueError("EOF")
@@ -248,12 +227,8 @@ def _fields(line: str, lines: Iterator[str], number: int) -> Iterator[str]:
     start = number
 
     def fail(consumed: str, reason: str) -> ValueError:
-        where = (
-            f"parse error on line {number}, column {len(_utf8(consumed)) + 1}: {reason}"
-        )
-        return ValueError(
-            where if number == start else f"record on line {start}; {where}"
-        )
+        where = f"parse error on line {number}, column {len(_utf8(consumed)) + 1}: {reason}"
+        return ValueError(where if number == start else f"record on line {start}; {where}")
 
     rest = line
     while True:

@@ -54,9 +54,7 @@ class Flag:
     @property
     def title(self) -> str:
         """The flag as error messages call it."""
-        return (
-            f"-{self.shorthand}, --{self.name}" if self.shorthand else f"--{self.name}"
-        )
+        return f"-{self.shorthand}, --{self.name}" if self.shorthand else f"--{self.name}"
 
     def read(self, text: str) -> Value:
         """The value of one use of the flag; raises ValueError with Go's words."""
@@ -70,9 +68,7 @@ class Flag:
             case "duration":
                 return govalues.parse_duration(text)
             case "uints":
-                return tuple(
-                    govalues.parse_uint(item, 10, 64) for item in text.split(",")
-                )
+                return tuple(govalues.parse_uint(item, 10, 64) for item in text.split(","))
             case "ipSlice":
                 return _read_addresses(text)
             case number:
@@ -80,18 +76,14 @@ class Flag:
 
     def default_value(self) -> Value:
         """The value of a flag that is not given."""
-        return (
-            () if self.kind in _LISTS and not self.default else self.read(self.default)
-        )
+        return () if self.kind in _LISTS and not self.default else self.read(self.default)
 
 
 def _read_addresses(text: str) -> tuple[str, ...]:
     unquoted = text.translate({ord(mark): None for mark in "\"'`"})
     try:
         items = govalues.read_csv(unquoted)
-    except (
-        ValueError
-    ):  # only EOF is left without quotes, and an address list forgives it
+    except ValueError:  # only EOF is left without quotes, and an address list forgives it
         items = ()
     return tuple(_read_address(item) for item in items)
 
@@ -102,9 +94,7 @@ def _read_address(item: str) -> str:
             raise ValueError
         address = ipaddress.ip_address(item.strip())
     except ValueError:
-        raise ValueError(
-            f"invalid string being converted to IP address: {item}"
-        ) from None
+        raise ValueError(f"invalid string being converted to IP address: {item}") from None
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return str(mapped or address)
 
@@ -143,17 +133,13 @@ class _Reader:
     positionals: list[str] = field(default_factory=list)
 
     def read(self) -> None:
-        after_secret = (
-            False  # `--passwords a, b`: the stray word is the rest of the secret
-        )
+        after_secret = False  # `--passwords a, b`: the stray word is the rest of the secret
         while self.arguments:
             argument = self.arguments.pop(0)
             if len(argument) < 2 or argument[0] != "-":
                 self.positionals.append(HIDDEN if after_secret else argument)
             elif argument == "--":
-                self.positionals += [
-                    HIDDEN if after_secret else rest for rest in self.arguments
-                ]
+                self.positionals += [HIDDEN if after_secret else rest for rest in self.arguments]
                 return
             elif argument.startswith("--"):
                 after_secret = self._long(argument).secret
@@ -174,13 +160,9 @@ class _Reader:
         return flag
 
     def _short(self, letters: str) -> None:
-        by_letter = {
-            flag.shorthand: flag for flag in self.flags.values() if flag.shorthand
-        }
+        by_letter = {flag.shorthand: flag for flag in self.flags.values() if flag.shorthand}
         while letters:
-            shown = (
-                f"{govalues.quote_character(letters[0])} in -{self._redacted(letters)}"
-            )
+            shown = f"{govalues.quote_character(letters[0])} in -{self._redacted(letters)}"
             flag = by_letter.get(letters[0])
             if flag is None:
                 raise FlagError(f"unknown shorthand flag: {shown}")
@@ -207,9 +189,7 @@ class _Reader:
             value = flag.read(text)
         except ValueError as error:
             shown = govalues.quote(HIDDEN if flag.secret else text)
-            raise FlagError(
-                f'invalid argument {shown} for "{flag.title}" flag: {error}'
-            ) from None
+            raise FlagError(f'invalid argument {shown} for "{flag.title}" flag: {error}') from None
         before, before_text = self.values.get(flag.name), self.texts.get(flag.name)
         if isinstance(before, tuple) and isinstance(value, tuple):
             value = (*before, *value)  # type: ignore[assignment]  # both are lists of the flag's own kind
@@ -221,22 +201,14 @@ class _Reader:
         """A malformed argument without what follows ``=`` if it can be meant for a secret flag."""
         name, equals, _ = argument.partition("=")
         flag = self.flags.get(name.lstrip("-"))
-        return (
-            f"{name}={HIDDEN}"
-            if equals and flag is not None and flag.secret
-            else argument
-        )
+        return f"{name}={HIDDEN}" if equals and flag is not None and flag.secret else argument
 
 
 def usage_text(flags: Sequence[Flag]) -> str:
     """The help of all flags, sorted by name and aligned as pflag's FlagUsages."""
     rows = []
     for flag in sorted(flags, key=lambda flag: flag.name):
-        left = (
-            f"  -{flag.shorthand}, --{flag.name}"
-            if flag.shorthand
-            else f"      --{flag.name}"
-        )
+        left = f"  -{flag.shorthand}, --{flag.name}" if flag.shorthand else f"      --{flag.name}"
         if flag.kind != "bool":
             left += f" {flag.kind}"
         rows.append((left, flag.usage + _default_text(flag)))
@@ -247,15 +219,7 @@ def usage_text(flags: Sequence[Flag]) -> str:
 def _default_text(flag: Flag) -> str:
     if flag.kind in _LISTS:
         # pflag leaves out the empty default of a list of strings, but prints that of numbers and addresses
-        return (
-            ""
-            if flag.kind == "strings" and not flag.default
-            else f" (default [{flag.default}])"
-        )
+        return "" if flag.kind == "strings" and not flag.default else f" (default [{flag.default}])"
     if flag.default in ("", "0", "0s", "false"):
-        return (
-            f" (default {govalues.quote(flag.default)})"
-            if flag.kind == "string" and flag.default
-            else ""
-        )
+        return f" (default {govalues.quote(flag.default)})" if flag.kind == "string" and flag.default else ""
     return f" (default {govalues.quote(flag.default) if flag.kind == 'string' else flag.default})"
