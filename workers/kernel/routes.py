@@ -1,0 +1,235 @@
+"""Routes of the main table, over rtnetlink.
+
+Touches the kernel. Ours are the routes of protocol 17 in table 254, whoever wrote them; nothing else is ever replaced
+or removed. The kernel's own rules make that harder than it looks:
+
+- ``NLM_F_REPLACE`` replaces the first route of the same destination and metric *whatever its protocol*. So a new route
+  is created with ``NLM_F_EXCL``, which the kernel refuses when there is one; replace is used only where the route in
+  place is known to be ours.
+- Without ``NLM_F_EXCL`` and ``NLM_F_REPLACE`` IPv6 appends a second next hop to the route that is there; with
+  ``NLM_F_REPLACE`` it replaces all of its next hops (``net/ipv6/ip6_fib.c``, ``fib6_add_rt2node``).
+- IPv6 turns "no metric" into 1024.
+- IPv4 drops routes without an event when their link goes down or an address goes (``fib_sync_down_dev``): a listener
+  must watch links and addresses too.
+- Deleting with a protocol in the request removes only a route of that protocol.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+import struct
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass
+
+from kube_router.workers.kernel.netlink import (
+    NETLINK_ROUTE,
+    NLM_F_CREATE,
+    NLM_F_EXCL,
+    NLM_F_REPLACE,
+    Message,
+    NetlinkError,
+    NetlinkSocket,
+    Request,
+    attribute,
+    attributes,
+)
+from kube_router.workers.model import Family
+from kube_router.workers.routefacts import ActualRoutes, Prefix, Route, RoutePlan, Stray
+
+PROTOCOL = 17
+"""``rtm_protocol`` of every route of ours, as upstream (0x11)."""
+MAIN_TABLE = 254
+RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
+
+_RTA_DST, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_MULTIPATH, _RTA_TABLE = 1, 5, 6, 9, 15
+_RTM_F_CLONED = 0x200
+_RTN_UNICAST = 1
+_SCOPE_NOWHERE = 255
+_RTMSG = struct.Struct("=BBBBBBBBI")
+_U32 = struct.Struct("=I")
+AF = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
+_FAMILY = {int(number): family for family, number in AF.items()}
+_DEFAULT_METRIC = {Family.IPV4: 0, Family.IPV6: 1024}
+
+
+@dataclass(frozen=True, slots=True)
+class RouteFailure:
+    """One refused step of a plan."""
+
+    step: str
+    prefix: Prefix
+    gateway: str
+    error: NetlinkError
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedRoutes:
+    """What a plan came to: routes written and removed, and each step that the kernel refused."""
+
+    added: int = 0
+    removed: int = 0
+    failures: tuple[RouteFailure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class KernelRoute:
+    """One route as a message tells it. ``gateway`` is empty when it has none, or several next hops."""
+
+    prefix: Prefix
+    family: Family
+    table: int
+    protocol: int
+    metric: int
+    gateway: str
+    cloned: bool
+
+
+def parse_route(message: Message) -> KernelRoute | None:
+    """A route message; None when it is of another family than IPv4 and IPv6 or not understood."""
+    payload = message.payload
+    if len(payload) < _RTMSG.size:
+        return None
+    number, length, _, _, table, protocol, _, _, flags = _RTMSG.unpack_from(payload)
+    family = _FAMILY.get(number)
+    if family is None:
+        return None
+    destination: bytes | memoryview = bytes(family.bits // 8)
+    gateway, metric, several = "", 0, False
+    for kind, value in attributes(payload, _RTMSG.size):
+        if kind == _RTA_DST:
+            destination = value
+        elif kind == _RTA_GATEWAY:
+            gateway = address_text(family, value)
+        elif kind == _RTA_PRIORITY:
+            (metric,) = _U32.unpack(value)
+        elif kind == _RTA_TABLE:
+            (table,) = _U32.unpack(value)
+        elif kind == _RTA_MULTIPATH:
+            several = True
+    prefix = Prefix(f"{address_text(family, destination)}/{length}")
+    return KernelRoute(
+        prefix, family, table, protocol, metric, "" if several else gateway, bool(flags & _RTM_F_CLONED)
+    )
+
+
+def address_text(family: Family, packed: bytes | memoryview) -> str:
+    """Canonical text of a packed address, as `ipaddress` writes it."""
+    text = socket.inet_ntop(AF[family], packed)
+    # inet_ntop writes some IPv6 addresses with a dotted tail, ipaddress does not.
+    return str(ipaddress.IPv6Address(bytes(packed))) if ":" in text and "." in text else text
+
+
+def _pack(text: str) -> tuple[Family, bytes]:
+    family = Family.IPV6 if ":" in text else Family.IPV4
+    return family, socket.inet_pton(AF[family], text)
+
+
+class RouteDriver:
+    """Observes and applies routes through one socket; `portid` marks the events that its own writes cause."""
+
+    def __init__(self) -> None:
+        self._netlink = NetlinkSocket(NETLINK_ROUTE)
+        self.portid = self._netlink.portid
+
+    @property
+    def writes(self) -> int:
+        """Messages sent to change something."""
+        return self._netlink.writes
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._netlink.close()
+
+    def observe(self, wanted: Container[Prefix] = frozenset()) -> ActualRoutes:
+        """Our routes of both families, and where among ``wanted`` somebody else has one."""
+        ours: dict[Prefix, Route] = {}
+        strays: list[Stray] = []
+        foreign: set[Prefix] = set()
+        for route in self._main_table():
+            if route.protocol != PROTOCOL:
+                if route.prefix in wanted:
+                    foreign.add(route.prefix)
+            elif route.metric == _DEFAULT_METRIC[route.family] and route.prefix not in ours:
+                ours[route.prefix] = Route(route.gateway)
+            else:
+                strays.append(Stray(route.prefix, route.metric, route.gateway))
+        return ActualRoutes(ours, tuple(strays), frozenset(foreign))
+
+    def _main_table(self) -> Iterator[KernelRoute]:
+        for family, number in AF.items():
+            header = _RTMSG.pack(number, 0, 0, 0, MAIN_TABLE, 0, 0, 0, 0)
+            try:
+                messages = self._netlink.dump(RTM_GETROUTE, header + attribute(_RTA_TABLE, _U32.pack(MAIN_TABLE)))
+            except NetlinkError as error:
+                if error.errno == errno.ENOENT:  # the table does not exist before its first route
+                    continue
+                raise
+            for message in messages:
+                route = parse_route(message) if message.type == RTM_NEWROUTE else None
+                # A kernel without IPv6 answers the IPv6 dump with IPv4's table.
+                if route and route.family == family and route.table == MAIN_TABLE and not route.cloned:
+                    yield route
+
+    def apply(self, plan: RoutePlan) -> AppliedRoutes:
+        """Execute the steps in their order; one refused step stops no other."""
+        steps = list(self._requests(plan))
+        errors = self._netlink.batch([request for _, _, _, request in steps])
+        failures = []
+        gone = 0
+        for index, error in errors.items():
+            step, prefix, gateway, _ = steps[index]
+            if step == "delete" and error.errno == errno.ESRCH:  # already gone: what was wanted
+                gone += 1
+                continue
+            failures.append(RouteFailure(step, prefix, gateway, error))
+        failed_deletes = sum(failure.step == "delete" for failure in failures)
+        deletes = len(plan.delete) + len(plan.strays)
+        return AppliedRoutes(
+            added=len(plan.add) + len(plan.replace) - (len(failures) - failed_deletes),
+            removed=deletes - failed_deletes - gone,
+            failures=tuple(failures),
+        )
+
+    def _requests(self, plan: RoutePlan) -> Iterator[tuple[str, Prefix, str, Request]]:
+        for prefix, route in plan.add:
+            yield "add", prefix, route.gateway, _new_route(prefix, route, NLM_F_CREATE | NLM_F_EXCL)
+        for prefix, route in plan.replace:
+            yield "replace", prefix, route.gateway, _new_route(prefix, route, NLM_F_CREATE | NLM_F_REPLACE)
+        for prefix in plan.delete:
+            yield "delete", prefix, "", _delete_route(prefix)
+        for stray in plan.strays:
+            yield "delete", stray.prefix, stray.gateway, _delete_route(stray.prefix, stray.metric, stray.gateway)
+
+
+def _new_route(prefix: Prefix, route: Route, flags: int) -> Request:
+    destination, _, length = prefix.partition("/")
+    family, packed = _pack(destination)
+    _, gateway = _pack(route.gateway)
+    header = _RTMSG.pack(AF[family], int(length), 0, 0, MAIN_TABLE, PROTOCOL, 0, _RTN_UNICAST, 0)
+    return Request(RTM_NEWROUTE, flags, header + attribute(_RTA_DST, packed) + attribute(_RTA_GATEWAY, gateway))
+
+
+def _delete_route(prefix: Prefix, metric: int = 0, gateway: str = "") -> Request:
+    destination, _, length = prefix.partition("/")
+    family, packed = _pack(destination)
+    payload = _RTMSG.pack(AF[family], int(length), 0, 0, MAIN_TABLE, PROTOCOL, _SCOPE_NOWHERE, 0, 0)
+    payload += attribute(_RTA_DST, packed)
+    payload += attribute(_RTA_PRIORITY, _U32.pack(metric or _DEFAULT_METRIC[family]))
+    if gateway:
+        payload += attribute(_RTA_GATEWAY, _pack(gateway)[1])
+    return Request(RTM_DELROUTE, 0, payload)
+
+
+def describe(failures: Iterable[RouteFailure]) -> list[str]:
+    """One line for each kind of refusal and gateway, with a count: a dead link may refuse thousands of routes."""
+    groups: dict[tuple[str, str, str], list[Prefix]] = {}
+    for failure in failures:
+        key = (failure.step, failure.gateway, str(failure.error.strerror))
+        groups.setdefault(key, []).append(failure.prefix)
+    lines = []
+    for (step, gateway, reason), prefixes in sorted(groups.items()):
+        what = prefixes[0] if len(prefixes) == 1 else f"{len(prefixes)} routes, first {min(prefixes)}"
+        lines.append(f"{step} {what}{f' via {gateway}' if gateway else ''}: {reason}")
+    return lines
