@@ -32,9 +32,17 @@ class Family(enum.IntEnum):
 
 
 def parse_network(text: str) -> IPNetwork:
-    """A CIDR with host bits cleared; raises ValueError with a readable reason. A bare address is refused."""
-    if "/" not in text:
+    """A CIDR with host bits cleared; raises ValueError with a readable reason.
+
+    By the rules of Go's ``net.ParseCIDR``: a bare address, a netmask for a prefix length and a zone are refused.
+    """
+    address, slash, length = text.partition("/")
+    if not slash:
         raise ValueError(f"{text!r} is not a CIDR: it has no prefix length")
+    if not (length.isascii() and length.isdigit()):
+        raise ValueError(f"{text!r} is not a CIDR: its prefix length is not a number")
+    if "%" in address:
+        raise ValueError(f"{text!r} is not a CIDR: it has a zone")
     return ipaddress.ip_network(text, strict=False)
 
 

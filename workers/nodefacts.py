@@ -21,6 +21,13 @@ POD_CIDR = ANNOTATION_PREFIX + "pod-cidr"
 POD_CIDRS = ANNOTATION_PREFIX + "pod-cidrs"
 NODE_ASN = ANNOTATION_PREFIX + "node.asn"
 
+DEPRECATED_ANNOTATION = "DeprecatedAnnotation"
+INVALID_ASN = "InvalidASN"
+INVALID_NODE_ADDRESS = "InvalidNodeAddress"
+INVALID_POD_CIDR = "InvalidPodCIDR"
+MISSING_NODE_ADDRESS = "MissingNodeAddress"
+OVERLAPPING_POD_CIDR = "OverlappingPodCIDR"
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -67,6 +74,26 @@ class NodeFacts:
         return tuple(family for family in Family if self.address(family) is not None)
 
 
+@dataclass(frozen=True, slots=True)
+class PodCidrOverlap:
+    """Two pod CIDRs that share addresses: ``cidr`` of ``node`` contains ``other_cidr`` of ``other_node``."""
+
+    node: str
+    cidr: IPNetwork
+    other_node: str
+    other_cidr: IPNetwork
+
+    @property
+    def problem(self) -> Problem:
+        """As something that an operator should mend."""
+        text = f"node {self.node}: pod CIDR {self.cidr} overlaps {self.other_cidr} of node {self.other_node}"
+        return Problem(OVERLAPPING_POD_CIDR, text)
+
+    def involves(self, name: str) -> bool:
+        """Whether the node called ``name`` is one of the two."""
+        return name in (self.node, self.other_node)
+
+
 def node_facts(node: Node, families: Iterable[Family]) -> NodeFacts:
     """What ``node`` says, as far as the enabled ``families`` are concerned.
 
@@ -80,7 +107,7 @@ def node_facts(node: Node, families: Iterable[Family]) -> NodeFacts:
         if not any(address.version == family for address in enabled_addresses):
             problems.append(
                 Problem(
-                    "MissingNodeAddress",
+                    MISSING_NODE_ADDRESS,
                     f"node {node.name}: status.addresses: {family} was enabled, but no {family} address was found on "
                     "the node",
                 )
@@ -103,21 +130,34 @@ def _addresses(node: Node, problems: list[Problem]) -> Iterator[IPAddress]:
             if entry.type != wanted:
                 continue
             try:
-                address = ipaddress.ip_address(entry.address)
+                address = parse_address(entry.address)
             except ValueError:
                 text = f"node {node.name}: status.addresses: {wanted} {entry.address!r} is not an IP address"
-                problems.append(Problem("InvalidNodeAddress", text))
+                problems.append(Problem(INVALID_NODE_ADDRESS, text))
                 continue
             if address not in seen:
                 seen.add(address)
                 yield address
 
 
+def parse_address(text: str) -> IPAddress:
+    """An address by the rules of Go's ``net.ParseIP``; raises ValueError.
+
+    No zone (``%eth0``); an IPv4-mapped IPv6 address is an IPv4 address.
+    """
+    address = ipaddress.ip_address(text)
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.scope_id is not None:
+            raise ValueError(f"{text!r} has a zone")
+        return address.ipv4_mapped or address
+    return address
+
+
 def _pod_cidrs(node: Node, enabled: tuple[Family, ...], problems: list[Problem]) -> tuple[IPNetwork, ...]:
     deprecated = node.annotations.get(POD_CIDR, "")
     if deprecated.strip():
         text = f"node {node.name}: annotation {POD_CIDR} is deprecated, use {POD_CIDRS} instead"
-        problems.append(Problem("DeprecatedAnnotation", text))
+        problems.append(Problem(DEPRECATED_ANNOTATION, text))
     sources = (
         (f"annotation {POD_CIDR}", _split(deprecated)),
         (f"annotation {POD_CIDRS}", _split(node.annotations.get(POD_CIDRS, ""))),
@@ -131,7 +171,7 @@ def _pod_cidrs(node: Node, enabled: tuple[Family, ...], problems: list[Problem])
             try:
                 network = parse_network(item)
             except ValueError as error:
-                problems.append(Problem("InvalidPodCIDR", f"node {node.name}: {source}: {item!r}: {error}"))
+                problems.append(Problem(INVALID_POD_CIDR, f"node {node.name}: {source}: {item!r}: {error}"))
                 continue
             networks = of_source.setdefault(Family(network.version), [])
             if network not in networks:
@@ -157,7 +197,7 @@ def _asn(node: Node, problems: list[Problem]) -> int | None:
     if 0 < value < 2**32:
         return value
     problems.append(
-        Problem("InvalidASN", f"node {node.name}: annotation {NODE_ASN}: {text!r} is not an AS number (1-4294967295)")
+        Problem(INVALID_ASN, f"node {node.name}: annotation {NODE_ASN}: {text!r} is not an AS number (1-4294967295)")
     )
     return None
 
@@ -168,8 +208,27 @@ def parse_base0(text: str) -> int:
     Decimal, ``0x``, ``0o``, ``0b``, a leading zero for octal; ``_`` between digits or behind the prefix. No sign, no
     blanks.
     """
-    if not text or text != text.strip() or text[0] in "+-":
+    if not text or not text.isascii() or text != text.strip() or text[0] in "+-":
         raise ValueError(f"{text!r} is not a number")
     if len(text) > 1 and text[0] == "0" and text[1] in "0123456789_":
         return int("0o" + text[1:], 0)
     return int(text, 0)
+
+
+def overlapping_pod_cidrs(nodes: Iterable[NodeFacts]) -> tuple[PodCidrOverlap, ...]:
+    """Pod CIDRs that share addresses, each named with the smallest one that contains it; in order of address.
+
+    Two CIDRs either contain one another or share nothing, so one sorted sweep finds them all: O(n log n) for n CIDRs,
+    and at most one overlap for each CIDR. A node's own CIDRs are compared with each other too.
+    """
+    owned = [(cidr, facts.name) for facts in nodes for cidr in facts.pod_cidrs]
+    owned.sort(key=lambda item: (item[0].version, int(item[0].network_address), item[0].prefixlen, item[1]))
+    around: list[tuple[IPNetwork, str]] = []
+    found = []
+    for cidr, name in owned:
+        while around and (around[-1][0].version != cidr.version or cidr.network_address not in around[-1][0]):
+            around.pop()
+        if around:
+            found.append(PodCidrOverlap(around[-1][1], around[-1][0], name, cidr))
+        around.append((cidr, name))
+    return tuple(found)
