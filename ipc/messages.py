@@ -6,10 +6,10 @@ Pure: types only. The wire is msgpack (``codec.py``) over ZeroMQ ipc sockets (``
 socket     pattern                 carries                                              binds / connects
 ========== ======================= ==================================================== =====================
 snapshots  DEALER -> ROUTER        `SnapshotRequest` -> `Snapshot`                      watcher / every worker
-deltas     PUB -> SUB              `Delta` (topic: the kind), `Beacon` (topic: beacon)  watcher / every worker
+deltas     XPUB -> SUB             `Delta` (topic: the kind), `Beacon` (topic: beacon)  watcher / every worker
 notices    PUSH -> PULL            `Notice`: becomes a Kubernetes Event                 watcher / every worker
 heartbeats PUSH -> PULL            `Heartbeat`                                          health / every worker
-status     REQ -> REP              `StatusRequest` -> `StatusReply`                     health / kube-routerctl
+status     REQ -> ROUTER           `StatusRequest` -> `StatusReply`                     health / kube-routerctl
 ========== ======================= ==================================================== =====================
 
 Every message carries ``protocol``. A receiver that finds another number drops the message, counts it and says so in
@@ -249,6 +249,11 @@ class SourceState(msgspec.Struct, frozen=True, kw_only=True):
     ``in_sync``: every kind that was asked for has been listed completely by this watcher.
     ``stale``: the objects come from the snapshot on disk, the source has not confirmed them: keep and add, never
     delete on their word. ``degraded`` holds one line a trouble (no API, a kind forbidden, a file that does not parse).
+    ``unlisted``: the kinds that keep ``in_sync`` from being true. A replica that reads none of them is in sync all the
+    same: a forbidden kind stops only the workers that need it. Empty means: unknown, only ``in_sync`` counts.
+
+    What a worker sees in ``Cluster.state`` is told from its own kinds: there, ``stale`` also stands for "a new watcher
+    has not listed everything yet, this is what the last one said".
     """
 
     source: str
@@ -256,6 +261,7 @@ class SourceState(msgspec.Struct, frozen=True, kw_only=True):
     stale: bool = False
     confirmed: float | None = None
     degraded: tuple[str, ...] = ()
+    unlisted: tuple[Kind, ...] = ()
 
 
 class SnapshotRequest(Message, frozen=True, kw_only=True, tag=True):
