@@ -192,7 +192,7 @@ class _Reader:
             raise FlagError(f'invalid argument {shown} for "{flag.title}" flag: {error}') from None
         before, before_text = self.values.get(flag.name), self.texts.get(flag.name)
         if isinstance(before, tuple) and isinstance(value, tuple):
-            value = (*before, *value)  # type: ignore[assignment]  # both are lists of the flag's own kind
+            value = (*before, *value)  # both are lists of the flag's own kind
             text = f"{before_text},{text}"
         self.values[flag.name] = value
         self.texts[flag.name] = HIDDEN if flag.secret else text

@@ -16,12 +16,14 @@ class Program:
     """One program under supervisord.
 
     ``enabled_by`` are the fields of `Settings` that must all be true; empty means: always. (As upstream, the CNI file
-    belongs to the router: ``--enable-cni`` alone, on a firewall-only agent, touches nothing.)
+    belongs to the router: ``--enable-cni`` alone, on a firewall-only agent, touches nothing.) ``leaves_state``:
+    it leaves state on the host when it stops, so its package has a module ``cleanup``.
     """
 
     name: str
     enabled_by: tuple[str, ...]
     built: bool
+    leaves_state: bool = True
 
     def enabled(self, settings: Settings) -> bool:
         """Whether the settings ask for this program."""
@@ -29,14 +31,14 @@ class Program:
 
 
 PROGRAMS: tuple[Program, ...] = (
-    Program("watcher", (), built=True),
-    Program("gobgpd", ("run_router",), built=True),
+    Program("watcher", (), built=True, leaves_state=False),
+    Program("gobgpd", ("run_router",), built=True, leaves_state=False),
     Program("router", ("run_router",), built=True),
     Program("cni", ("run_router", "enable_cni"), built=True),
     Program("firewall", ("run_firewall",), built=False),
     Program("proxy", ("run_service_proxy",), built=False),
     Program("loadbalancer", ("run_loadbalancer",), built=False),
-    Program("health", (), built=True),
+    Program("health", (), built=True, leaves_state=False),
 )
 """In start order."""
 
