@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""The router worker: BGP through gobgpd, and what its routes need in the kernel."""

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""How the router worker speaks to gobgpd: the only importer of grpc."""

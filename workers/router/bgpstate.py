@@ -1,0 +1,138 @@
+"""The state of a BGP speaker as plain values: what gobgpd is to hold, and in the same shape what it holds.
+
+Pure: frozen types. Read-back from gobgpd is normalised into these types by ``gobgp/convert.py``, so that two states
+that mean the same are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kube_router.workers.model import Family
+from kube_router.workers.router import names
+
+NODE_HOLD_SECONDS = 90
+"""Hold time of sessions between nodes: gobgpd's default, which ``--bgp-holdtime`` does not change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speaker:
+    """What gobgpd cannot change while it runs. ``listen_addresses`` in canonical text, in no order."""
+
+    asn: int
+    router_id: str
+    listen_port: int
+    listen_addresses: frozenset[str]
+
+    def __str__(self) -> str:
+        addresses = ",".join(sorted(self.listen_addresses)) or "all addresses"
+        return f"AS {self.asn}, router-id {self.router_id}, port {self.listen_port} on {addresses}"
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbor:
+    """One BGP session to hold. ``asn`` 0: whatever the peer says; ``hold_seconds`` as offered; ``multihop_ttl`` 0: none.
+
+    ``password`` is the TCP-MD5 key (RFC 2385); it never shows in text.
+    """
+
+    address: str
+    asn: int
+    local_address: str
+    remote_port: int
+    families: tuple[Family, ...]
+    hold_seconds: int = NODE_HOLD_SECONDS
+    multihop_ttl: int = 0
+    password: str = field(default="", repr=False)
+
+    def __str__(self) -> str:
+        families = "+".join(map(str, self.families)) or "no family"
+        parts = [f"{self.address} port {self.remote_port} AS {self.asn or 'any'} from {self.local_address} {families}"]
+        parts.append(f"hold {self.hold_seconds}s")
+        if self.multihop_ttl:
+            parts.append(f"ttl {self.multihop_ttl}")
+        if self.password:
+            parts.append("with password")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PrefixRange:
+    """Prefixes inside ``prefix`` (canonical CIDR) whose length is from ``shortest`` to ``longest`` bits."""
+
+    prefix: str
+    shortest: int
+    longest: int
+
+    def __str__(self) -> str:
+        return f"{self.prefix} {self.shortest}..{self.longest}"
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """One policy statement: prefixes of a set, from or to neighbours of a set, accepted or rejected.
+
+    Both sets are named and never empty: gobgpd takes an empty neighbour set as "every neighbour". ``next_hop_self``
+    replaces the next hop by the session's own address.
+    """
+
+    prefix_set: str
+    neighbor_set: str
+    accept: bool
+    next_hop_self: bool = False
+
+    @property
+    def name(self) -> str:
+        """kube-router's name: the prefix set's and the neighbour set's in one word."""
+        return self.prefix_set + self.neighbor_set
+
+    def __str__(self) -> str:
+        action = ("accept" if self.accept else "reject") + (", next hop self" if self.next_hop_self else "")
+        return f"{self.name}: {self.prefix_set} with {self.neighbor_set}: {action}"
+
+
+@dataclass(frozen=True, slots=True)
+class Policies:
+    """Everything that one SetPolicies call replaces: sets by name (members in no order), statements in order."""
+
+    prefix_sets: Mapping[str, frozenset[PrefixRange]] = field(default_factory=dict)
+    neighbor_sets: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    export: tuple[Statement, ...] = ()
+    import_: tuple[Statement, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Which policies decide a direction, and what happens to a path on which none of them decides."""
+
+    policies: tuple[str, ...]
+    accept: bool
+
+    def __str__(self) -> str:
+        return f"[{' '.join(self.policies)}] default {'accept' if self.accept else 'reject'}"
+
+
+EXPORT_ASSIGNMENT = Assignment((names.EXPORT_POLICY,), accept=False)
+IMPORT_ASSIGNMENT = Assignment((names.IMPORT_POLICY,), accept=True)
+CLOSED = Assignment((), accept=False)
+OPEN = Assignment((), accept=True)
+
+
+@dataclass(frozen=True, slots=True)
+class BgpState:
+    """A speaker with all that it is to do or does. ``speaker`` None: the daemon runs, but BGP is not started.
+
+    ``paths``: next hop by prefix, of paths that originate here. ``neighbors`` by address. All text canonical.
+    """
+
+    speaker: Speaker | None
+    policies: Policies = Policies()
+    export: Assignment = EXPORT_ASSIGNMENT
+    import_: Assignment = IMPORT_ASSIGNMENT
+    paths: Mapping[str, str] = field(default_factory=dict)
+    neighbors: Mapping[str, Neighbor] = field(default_factory=dict)
+
+
+FRESH = BgpState(speaker=None, export=OPEN, import_=OPEN)
+"""gobgpd as it is right after its start."""

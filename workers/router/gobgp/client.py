@@ -1,0 +1,338 @@
+"""The client of one gobgpd: observe its state, apply a plan to it, open a watch, end it.
+
+Touches gobgpd's private unix socket (gRPC). Both generations of the interface are spoken; which one is found out on
+connect. Threads: a client may be used by one thread, beside the watch thread that it feeds.
+"""
+
+from __future__ import annotations
+
+import os
+
+# grpcio reads these when it is imported. No fork support: it would install fork handlers and keep its threads awake.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+import signal
+import socket
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from kube_router.ipc.messages import Session
+from kube_router.workers.model import Family, Failure
+from kube_router.workers.router import names
+from kube_router.workers.router.bgpstate import CLOSED, FRESH, BgpState, Neighbor, Speaker
+from kube_router.workers.router.gobgp import convert
+from kube_router.workers.router.gobgp.convert import Dialect
+from kube_router.workers.router.gobgp.v3 import DialectV3
+from kube_router.workers.router.gobgp.v4 import DialectV4
+from kube_router.workers.router.plan import (
+    AddNeighbor,
+    AddPath,
+    Assign,
+    JudgeAgain,
+    Plan,
+    Readvertise,
+    RemoveNeighbor,
+    RemovePath,
+    ReplaceDaemon,
+    ReplaceNeighbor,
+    SendAgain,
+    SetPolicies,
+    StartSpeaker,
+    Step,
+)
+
+CALL_SECONDS = 5.0
+"""How long one call may take before the daemon counts as stuck."""
+CHANNEL_OPTIONS = (
+    # A table of 100,000 routes comes in one message; the default limit is 4 MiB.
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.enable_retries", 0),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+
+
+class GobgpError(Exception):
+    """A call failed; the text is gobgpd's. ``gone``: the daemon is not there (or no longer)."""
+
+    def __init__(self, text: str, *, gone: bool = False) -> None:
+        super().__init__(text)
+        self.gone = gone
+
+
+def connect(path: Path) -> Client:
+    """A client of the daemon that listens on ``path``; raises `GobgpError`, ``gone`` when nothing answers there."""
+    if not path.exists():
+        raise GobgpError(f"{path} does not exist", gone=True)
+    channel = grpc.insecure_channel(f"unix:{path.absolute()}", options=CHANNEL_OPTIONS)
+    dialects: tuple[Dialect, ...] = (DialectV3(), DialectV4())
+    try:
+        for dialect in dialects:
+            client = Client(channel, dialect, path)
+            try:
+                client.speaker()
+            except GobgpError as error:
+                if isinstance(error.__cause__, grpc.RpcError) and _code(error.__cause__) == grpc.StatusCode.UNIMPLEMENTED:
+                    continue
+                raise
+            return client
+        raise GobgpError(f"{path} answers, but offers neither {dialects[0].service} nor {dialects[1].service}")
+    except BaseException:
+        channel.close()
+        raise
+
+
+class Client:
+    """One gobgpd of a known generation."""
+
+    def __init__(self, channel: grpc.Channel, dialect: Dialect, path: Path) -> None:
+        self._channel, self.dialect, self._path = channel, dialect, path
+        self._messages = dialect.messages
+
+    @property
+    def generation(self) -> int:
+        """3 or 4."""
+        return self.dialect.generation
+
+    def close(self) -> None:
+        """Close the channel; the daemon goes on as it is."""
+        self._channel.close()
+
+    def speaker(self) -> Speaker | None:
+        """What was given to StartBgp, None before."""
+        reply = self._call("GetBgp", self._messages.Empty(), self._messages.GetBgpResponse)
+        return convert.speaker_of(getattr(reply, "global"))
+
+    def observe(self) -> BgpState:
+        """Everything that a plan compares; raises `GobgpError`."""
+        speaker = self.speaker()
+        if speaker is None:
+            return FRESH
+        return BgpState(
+            speaker=speaker,
+            policies=convert.policies_of(
+                self.dialect,
+                self._sets(self._messages.DEFINED_PREFIX),
+                self._sets(self._messages.DEFINED_NEIGHBOR),
+                [reply.policy for reply in self._list("ListPolicy", self._messages.ListPolicyRequest())],
+            ),
+            export=self._assignment("export"),
+            import_=self._assignment("import"),
+            paths=dict(self._local_paths()),
+            neighbors={neighbor.address: neighbor for neighbor in map(convert.neighbor_of, self._peers())},
+        )
+
+    def sessions(self, own_asn: int) -> tuple[Session, ...]:
+        """How the sessions stand, by address."""
+        return tuple(
+            sorted((convert.session_of(peer, own_asn) for peer in self._peers()), key=lambda item: item.address)
+        )
+
+    def apply(self, plan: Plan) -> tuple[int, tuple[Failure, ...]]:
+        """Do the steps in order; returns how many were done and what went wrong.
+
+        A failed step does not stop unrelated ones, but nothing is originated and no peer is added under policies that
+        could not be set; when the daemon dies the rest is left.
+        """
+        done, failures = 0, []
+        closed = False
+        for step in plan.steps:
+            if closed and isinstance(step, (Assign, AddPath, Readvertise, AddNeighbor, ReplaceNeighbor, SendAgain)):
+                continue
+            try:
+                self.apply_step(step)
+                done += 1
+            except GobgpError as error:
+                failures.append(Failure(_phase(step), f"cannot {_first_line(step)}: {error}"))
+                if error.gone or isinstance(step, StartSpeaker | ReplaceDaemon):
+                    break
+                closed = closed or isinstance(step, SetPolicies | Assign)
+        return done, tuple(failures)
+
+    def apply_step(self, step: Step) -> None:
+        """Do one step; raises `GobgpError`."""
+        match step:
+            case StartSpeaker(speaker):
+                self._call("StartBgp", self._messages.StartBgpRequest(**{"global": self._speaker(speaker)}))
+                self.apply_step(Assign("export", CLOSED))
+            case ReplaceDaemon():
+                self.terminate()
+            case SetPolicies(policies):
+                self._call("SetPolicies", convert.policies_message(self.dialect, policies))
+            case Assign(direction, assignment):
+                message = convert.assignment_message(self.dialect, direction, assignment)
+                self._call("SetPolicyAssignment", self._messages.SetPolicyAssignmentRequest(assignment=message))
+            case AddPath(prefix, next_hop):
+                self._add_paths(((prefix, next_hop),))
+            case RemovePath(prefix, next_hop):
+                self._delete_path(prefix, next_hop)
+            case Readvertise(prefix, next_hop):
+                self._delete_path(prefix, next_hop)
+                self._add_paths(((prefix, next_hop),))
+            case RemoveNeighbor(neighbor):
+                self._delete_peer(neighbor)
+            case ReplaceNeighbor(actual, desired):
+                self._delete_peer(actual)
+                self._add_peer(desired)
+            case AddNeighbor(neighbor):
+                self._add_peer(neighbor)
+            case SendAgain(address):
+                self._soft_reset(address, self._messages.RESET_OUT)
+            case JudgeAgain(address):
+                self._soft_reset(address, self._messages.RESET_IN)
+
+    def watch(self) -> Any:
+        """An open stream of WatchEvent: the best-path table first, then its changes, and the peers' states.
+
+        Iterate over it in a thread of its own and quickly (gobgpd buffers for a slow reader without bound); ``cancel``
+        ends it. Iteration raises ``grpc.RpcError`` when the daemon dies.
+        """
+        messages = self._messages
+        request = messages.WatchEventRequest(
+            peer=messages.WatchPeer(),
+            table=messages.WatchTable(filters=[messages.WatchFilter(type=messages.FILTER_BEST, init=True)]),
+        )
+        return self._stream("WatchEvent", messages.WatchEventResponse)(request)
+
+    def terminate(self) -> None:
+        """Ask the process at the other end of the socket to end (SIGTERM: peers get a CEASE); raises `GobgpError`.
+
+        A later graceful restart ends it with SIGKILL instead, which keeps the peers' routes (RFC 4724).
+        """
+        try:
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(str(self._path))
+                credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+            os.kill(struct.unpack("3i", credentials)[0], signal.SIGTERM)
+        except OSError as error:
+            raise GobgpError(f"cannot end gobgpd: {error}") from error
+
+    def _speaker(self, speaker: Speaker) -> Any:
+        return convert.speaker_message(self.dialect, speaker)
+
+    def _sets(self, kind: int) -> list[Any]:
+        request = self._messages.ListDefinedSetRequest(defined_type=kind)
+        return [reply.defined_set for reply in self._list("ListDefinedSet", request)]
+
+    def _assignment(self, direction: str) -> Any:
+        messages = self._messages
+        request = messages.ListPolicyAssignmentRequest(
+            name=names.GLOBAL_ASSIGNMENT,
+            direction=messages.POLICY_EXPORT if direction == "export" else messages.POLICY_IMPORT,
+        )
+        replies = list(self._list("ListPolicyAssignment", request))
+        message = replies[0].assignment if replies else messages.PolicyAssignment()
+        return convert.assignment_of(self.dialect, message)
+
+    def _local_paths(self) -> Iterator[tuple[str, str]]:
+        for family in Family:
+            request = self._messages.ListPathRequest(
+                table_type=self._messages.TABLE_GLOBAL, family=convert.family_message(self.dialect, family)
+            )
+            for reply in self._list("ListPath", request):
+                for path in reply.destination.paths:
+                    local = convert.local_path(self.dialect, path)
+                    if local is not None:
+                        yield local
+
+    def _peers(self) -> list[Any]:
+        return [reply.peer for reply in self._list("ListPeer", self._messages.ListPeerRequest())]
+
+    def _add_paths(self, paths: Iterable[tuple[str, str]]) -> None:
+        messages = self._messages
+        request = messages.AddPathStreamRequest(
+            table_type=messages.TABLE_GLOBAL,
+            paths=[convert.path_message(self.dialect, prefix, next_hop) for prefix, next_hop in paths],
+        )
+        call = self._channel.stream_unary(
+            self._method("AddPathStream"),
+            request_serializer=_serialize,
+            response_deserializer=messages.Empty.FromString,
+        )
+        self._raising(lambda: call(iter((request,)), timeout=CALL_SECONDS, wait_for_ready=False))
+
+    def _delete_path(self, prefix: str, next_hop: str) -> None:
+        path = convert.path_message(self.dialect, prefix, next_hop, withdraw=True)
+        self._call(
+            "DeletePath",
+            self._messages.DeletePathRequest(
+                table_type=self._messages.TABLE_GLOBAL, family=path.family, path=path
+            ),
+        )
+
+    def _add_peer(self, neighbor: Neighbor) -> None:
+        message = convert.neighbor_message(self.dialect, neighbor)
+        self._call("AddPeer", self._messages.PeerRequest(peer=message))
+
+    def _delete_peer(self, neighbor: Neighbor) -> None:
+        """Forget a peer. DeletePeer leaves its TCP-MD5 key on the listening socket; an empty password first does not."""
+        if neighbor.password:
+            message = convert.neighbor_message(self.dialect, neighbor)
+            message.conf.auth_password = ""
+            self._call("UpdatePeer", self._messages.PeerRequest(peer=message))
+        self._call("DeletePeer", self._messages.DeletePeerRequest(address=neighbor.address))
+
+    def _soft_reset(self, address: str, direction: int) -> None:
+        request = self._messages.ResetPeerRequest(address=address, soft=True, direction=direction)
+        self._call("ResetPeer", request)
+
+    def _method(self, name: str) -> str:
+        return f"/{self.dialect.service}/{name}"
+
+    def _call(self, name: str, request: Any, reply: Any = None) -> Any:
+        call = self._channel.unary_unary(
+            self._method(name),
+            request_serializer=_serialize,
+            response_deserializer=(reply or self._messages.Empty).FromString,
+        )
+        return self._raising(lambda: call(request, timeout=CALL_SECONDS))
+
+    def _stream(self, name: str, reply: Any) -> Any:
+        return self._channel.unary_stream(
+            self._method(name), request_serializer=_serialize, response_deserializer=reply.FromString
+        )
+
+    def _list(self, name: str, request: Any) -> Iterator[Any]:
+        reply = getattr(self._messages, f"{name}Response")
+        stream = self._stream(name, reply)
+        return iter(self._raising(lambda: list(stream(request, timeout=CALL_SECONDS))))
+
+    def _raising(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except grpc.RpcError as error:
+            code = _code(error)
+            details = error.details() if isinstance(error, grpc.Call) else str(error)
+            gone = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
+            raise GobgpError(details or str(code), gone=gone) from error
+
+
+def _serialize(message: Any) -> bytes:
+    return message.SerializeToString()  # type: ignore[no-any-return]
+
+
+def _code(error: grpc.RpcError) -> grpc.StatusCode | None:
+    return error.code() if isinstance(error, grpc.Call) else None
+
+
+def _phase(step: Step) -> str:
+    match step:
+        case StartSpeaker() | ReplaceDaemon():
+            return "bgp-start"
+        case SetPolicies() | Assign() | SendAgain() | JudgeAgain():
+            return "bgp-policies"
+        case AddPath() | RemovePath() | Readvertise():
+            return "bgp-paths"
+        case _:
+            return "bgp-peers"
+
+
+def _first_line(step: Step) -> str:
+    return str(step).partition("\n")[0].rstrip(":")

@@ -1,0 +1,274 @@
+"""Between the neutral BGP values and gobgpd's messages, in both directions and for both generations.
+
+Pure: messages only. What gobgpd fills in or reorders on read-back is taken out again here (routing facts in
+``docs/router.md``), so that a state read back equals the state that was asked for.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from kube_router.ipc.messages import Session
+from kube_router.workers.model import Family, IPAddress, IPNetwork
+from kube_router.workers.router import names
+from kube_router.workers.router.bgpstate import (
+    Assignment,
+    Neighbor,
+    Policies,
+    PrefixRange,
+    Speaker,
+    Statement,
+)
+from kube_router.workers.router.rib import RouteEvent
+
+AFI = {Family.IPV4: 1, Family.IPV6: 2}
+FAMILY_OF_AFI = {1: Family.IPV4, 2: Family.IPV6}
+UNICAST = 1
+LOCAL_ORIGIN = ("", "<nil>")
+"""What a path of our own has for its neighbour: empty in generation 4, a printed nil in generation 3."""
+SESSION_STATES = ("unspecified", "idle", "connect", "active", "opensent", "openconfirm", "established")
+
+
+class Dialect(Protocol):
+    """What differs between the generations of gobgpd's interface."""
+
+    generation: int
+    service: str
+    messages: Any
+
+    def nlri(self, network: IPNetwork) -> Any: ...
+
+    def attributes(self, network: IPNetwork, next_hop: IPAddress) -> list[Any]: ...
+
+    def prefix_of(self, path: Any) -> str | None: ...
+
+    def next_hop_of(self, path: Any) -> str | None: ...
+
+
+def family_message(dialect: Dialect, family: Family) -> Any:
+    """The unicast address family."""
+    return dialect.messages.Family(afi=AFI[family], safi=UNICAST)
+
+
+def path_message(dialect: Dialect, prefix: str, next_hop: str, *, withdraw: bool = False) -> Any:
+    """A path that originates here."""
+    network = ipaddress.ip_network(prefix)
+    return dialect.messages.Path(
+        nlri=dialect.nlri(network),
+        pattrs=dialect.attributes(network, ipaddress.ip_address(next_hop)),
+        family=family_message(dialect, Family(network.version)),
+        is_withdraw=withdraw,
+    )
+
+
+def speaker_message(dialect: Dialect, speaker: Speaker) -> Any:
+    """The argument of StartBgp."""
+    return dialect.messages.Global(
+        asn=speaker.asn,
+        router_id=speaker.router_id,
+        listen_port=speaker.listen_port,
+        listen_addresses=sorted(speaker.listen_addresses),
+    )
+
+
+def speaker_of(message: Any) -> Speaker | None:
+    """None for a daemon on which BGP is not started."""
+    if message.asn == 0:
+        return None
+    return Speaker(
+        asn=message.asn,
+        router_id=message.router_id,
+        listen_port=message.listen_port,
+        listen_addresses=frozenset(_address(text) for text in message.listen_addresses),
+    )
+
+
+def neighbor_message(dialect: Dialect, neighbor: Neighbor) -> Any:
+    """The argument of AddPeer and UpdatePeer."""
+    messages = dialect.messages
+    peer = messages.Peer(
+        conf=messages.PeerConf(
+            neighbor_address=neighbor.address, peer_asn=neighbor.asn, auth_password=neighbor.password
+        ),
+        timers=messages.Timers(config=messages.TimersConfig(hold_time=neighbor.hold_seconds)),
+        transport=messages.Transport(local_address=neighbor.local_address, remote_port=neighbor.remote_port),
+        afi_safis=[
+            messages.AfiSafi(config=messages.AfiSafiConfig(family=family_message(dialect, family), enabled=True))
+            for family in neighbor.families
+        ],
+    )
+    if neighbor.multihop_ttl:
+        peer.ebgp_multihop.enabled = True
+        peer.ebgp_multihop.multihop_ttl = neighbor.multihop_ttl
+    return peer
+
+
+def neighbor_of(peer: Any) -> Neighbor:
+    """A configured peer as read back."""
+    families = sorted(
+        FAMILY_OF_AFI[entry.config.family.afi]
+        for entry in peer.afi_safis
+        if entry.config.enabled and entry.config.family.safi == UNICAST and entry.config.family.afi in FAMILY_OF_AFI
+    )
+    return Neighbor(
+        address=_address(peer.conf.neighbor_address),
+        asn=peer.conf.peer_asn,
+        local_address=_address(peer.transport.local_address),
+        remote_port=peer.transport.remote_port,
+        families=tuple(families),
+        hold_seconds=peer.timers.config.hold_time,
+        multihop_ttl=peer.ebgp_multihop.multihop_ttl if peer.ebgp_multihop.enabled else 0,
+        password=peer.conf.auth_password,
+    )
+
+
+def session_of(peer: Any, own_asn: int) -> Session:
+    """How a session stands. The ASN is the configured one, or what the peer said where any is taken."""
+    asn = peer.conf.peer_asn or peer.state.peer_asn
+    state = peer.state.session_state
+    return Session(
+        address=_address(peer.conf.neighbor_address or peer.state.neighbor_address),
+        asn=asn,
+        type="internal" if asn in (0, own_asn) else "external",
+        state=SESSION_STATES[state] if state < len(SESSION_STATES) else SESSION_STATES[0],
+        received=sum(entry.state.received for entry in peer.afi_safis),
+        accepted=sum(entry.state.accepted for entry in peer.afi_safis),
+    )
+
+
+def policies_message(dialect: Dialect, policies: Policies) -> Any:
+    """The argument of SetPolicies: all sets, statements and policies."""
+    messages = dialect.messages
+    sets = [
+        messages.DefinedSet(
+            defined_type=messages.DEFINED_PREFIX,
+            name=name,
+            prefixes=[
+                messages.Prefix(ip_prefix=item.prefix, mask_length_min=item.shortest, mask_length_max=item.longest)
+                for item in sorted(members)
+            ],
+        )
+        for name, members in sorted(policies.prefix_sets.items())
+    ]
+    sets += [
+        messages.DefinedSet(defined_type=messages.DEFINED_NEIGHBOR, name=name, list=sorted(members))
+        for name, members in sorted(policies.neighbor_sets.items())
+    ]
+    chains = ((names.EXPORT_POLICY, policies.export), (names.IMPORT_POLICY, policies.import_))
+    return messages.SetPoliciesRequest(
+        defined_sets=sets,
+        policies=[
+            messages.Policy(name=name, statements=[_statement_message(dialect, item) for item in statements])
+            for name, statements in chains
+        ],
+    )
+
+
+def _statement_message(dialect: Dialect, statement: Statement) -> Any:
+    messages = dialect.messages
+    actions = messages.Actions(route_action=messages.ROUTE_ACCEPT if statement.accept else messages.ROUTE_REJECT)
+    if statement.next_hop_self:
+        actions.nexthop.self = True
+    return messages.Statement(
+        name=statement.name,
+        conditions=messages.Conditions(
+            prefix_set=messages.MatchSet(type=messages.MATCH_ANY, name=statement.prefix_set),
+            neighbor_set=messages.MatchSet(type=messages.MATCH_ANY, name=statement.neighbor_set),
+        ),
+        actions=actions,
+    )
+
+
+def policies_of(dialect: Dialect, prefix_sets: Iterable[Any], neighbor_sets: Iterable[Any], chains: Any) -> Policies:
+    """Sets and policies as read back; a set without members is left out."""
+    statements = {chain.name: tuple(_statement_of(dialect, item) for item in chain.statements) for chain in chains}
+    return Policies(
+        prefix_sets={
+            item.name: frozenset(
+                PrefixRange(_network(prefix.ip_prefix), prefix.mask_length_min, prefix.mask_length_max)
+                for prefix in item.prefixes
+            )
+            for item in prefix_sets
+            if item.prefixes
+        },
+        neighbor_sets={item.name: frozenset(map(_network, item.list)) for item in neighbor_sets if item.list},
+        export=statements.get(names.EXPORT_POLICY, ()),
+        import_=statements.get(names.IMPORT_POLICY, ()),
+    )
+
+
+def _statement_of(dialect: Dialect, message: Any) -> Statement:
+    statement = Statement(
+        prefix_set=message.conditions.prefix_set.name,
+        neighbor_set=message.conditions.neighbor_set.name,
+        accept=message.actions.route_action == dialect.messages.ROUTE_ACCEPT,
+        next_hop_self=message.actions.nexthop.self,
+    )
+    any_of = dialect.messages.MATCH_ANY
+    ours = (
+        statement.name == message.name
+        and message.actions.route_action != dialect.messages.ROUTE_NONE
+        and message.conditions.prefix_set.type == any_of
+        and message.conditions.neighbor_set.type == any_of
+    )
+    # Someone else's statement must not compare equal to one of ours.
+    return statement if ours else Statement(f"foreign:{message.name}:", "", statement.accept)
+
+
+def assignment_of(dialect: Dialect, message: Any) -> Assignment:
+    """A direction's assignment as read back."""
+    return Assignment(
+        policies=tuple(policy.name for policy in message.policies),
+        accept=message.default_action != dialect.messages.ROUTE_REJECT,
+    )
+
+
+def assignment_message(dialect: Dialect, direction: str, assignment: Assignment) -> Any:
+    """The argument of SetPolicyAssignment; ``direction`` is ``export`` or ``import``."""
+    messages = dialect.messages
+    return messages.PolicyAssignment(
+        name=names.GLOBAL_ASSIGNMENT,
+        direction=messages.POLICY_EXPORT if direction == "export" else messages.POLICY_IMPORT,
+        policies=[messages.Policy(name=name) for name in assignment.policies],
+        default_action=messages.ROUTE_ACCEPT if assignment.accept else messages.ROUTE_REJECT,
+    )
+
+
+def local_path(dialect: Dialect, path: Any) -> tuple[str, str] | None:
+    """(prefix, next hop) of a path that originates here, canonical; None for a learned or other one."""
+    if path.neighbor_ip not in LOCAL_ORIGIN:
+        return None
+    prefix = dialect.prefix_of(path)
+    if prefix is None:
+        return None
+    return _network(prefix), _address(dialect.next_hop_of(path) or "")
+
+
+def route_event(dialect: Dialect, path: Any) -> RouteEvent | None:
+    """A best-path event; None when the path is not unicast IPv4 or IPv6, or has no next hop."""
+    prefix = dialect.prefix_of(path)
+    if prefix is None or path.family.safi != UNICAST or path.family.afi not in FAMILY_OF_AFI:
+        return None
+    local = path.neighbor_ip in LOCAL_ORIGIN
+    if path.is_withdraw or local:
+        return RouteEvent(prefix, None, local)
+    next_hop = dialect.next_hop_of(path)
+    return None if next_hop is None else RouteEvent(prefix, next_hop, False)
+
+
+def _address(text: str) -> str:
+    """Canonical text of an address; other text (``::`` zones, empty) as it is."""
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        return text
+
+
+def _network(text: str) -> str:
+    """Canonical text of a CIDR or address; other text as it is."""
+    try:
+        return str(ipaddress.ip_network(text, strict=False))
+    except ValueError:
+        return text

@@ -1,0 +1,55 @@
+"""Names that the router worker gives to objects outside of itself; kube-router's names are a contract with operators.
+
+Pure: constants only. The kernel's names (routes, ip sets, rules) stand beside their drivers' users.
+"""
+
+from __future__ import annotations
+
+from kube_router.workers.model import Family
+from kube_router.workers.nodefacts import ANNOTATION_PREFIX
+
+SOCKET = "gobgpd/gobgpd.sock"
+"""gobgpd's private socket, relative to the run directory."""
+
+GLOBAL_ASSIGNMENT = "global"
+EXPORT_POLICY = "kube_router_export1"
+IMPORT_POLICY = "kube_router_import1"
+"""Constant: gobgpd keeps the assignment of a policy that is replaced under its own name, and opens up otherwise."""
+
+POD_CIDR_SETS = {Family.IPV4: "podcidrdefinedset", Family.IPV6: "podcidrdefinedsetv6"}
+SERVICE_VIP_SETS = {Family.IPV4: "servicevipsdefinedset", Family.IPV6: "servicevipsdefinedsetv6"}
+DEFAULT_ROUTE_SETS = {Family.IPV4: "defaultroutedefinedset", Family.IPV6: "defaultroutedefinedsetv6"}
+CUSTOM_REJECT_SETS = {Family.IPV4: "customimportrejectdefinedset", Family.IPV6: "customimportrejectdefinedsetv6"}
+IBGP_PEER_SETS = {Family.IPV4: "iBGPpeerset", Family.IPV6: "iBGPpeersetv6"}
+EXTERNAL_PEER_SETS = {Family.IPV4: "externalpeerset", Family.IPV6: "externalpeersetv6"}
+ALL_PEER_SETS = {Family.IPV4: "allpeerset", Family.IPV6: "allpeersetv6"}
+
+LOCAL_ADDRESSES = ANNOTATION_PREFIX + "bgp-local-addresses"
+PEERS = ANNOTATION_PREFIX + "peers"
+PEER_IPS = ANNOTATION_PREFIX + "peer.ips"
+PEER_ASNS = ANNOTATION_PREFIX + "peer.asns"
+PEER_PORTS = ANNOTATION_PREFIX + "peer.ports"
+PEER_PASSWORDS = ANNOTATION_PREFIX + "peer.passwords"
+PEER_LOCAL_IPS = ANNOTATION_PREFIX + "peer.localips"
+
+UNBUILT_ANNOTATIONS = tuple(
+    ANNOTATION_PREFIX + name
+    for name in (
+        "rr.server",
+        "rr.client",
+        "path-prepend.as",
+        "path-prepend.repeat-n",
+        "node.bgp.communities",
+        "node.bgp.customimportreject",
+    )
+)
+"""Annotations of the own node whose features a later version brings."""
+
+UNBUILT_FLAGS = (
+    "bgp_graceful_restart",
+    "enable_bfd",
+    "advertise_cluster_ip",
+    "advertise_external_ip",
+    "advertise_loadbalancer_ip",
+)
+"""Fields of `Settings` whose features a later version brings; each is false by default."""
