@@ -57,7 +57,7 @@ class BuildPyWithProtos(build_py):
 def extensions() -> list[Extension]:
     """One extension for each Cython module of ``_fast``."""
     return [
-        Extension(f"kube_router._fast.{source.stem}", [str(source)], extra_compile_args=["-O3"])
+        Extension(f"kube_router._fast.{source.stem}", [str(source)], extra_compile_args=["-O2"])
         for source in sorted(Path("_fast").glob("*.pyx"))
     ]
 
