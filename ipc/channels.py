@@ -26,7 +26,6 @@ from kube_router.ipc.messages import (
     Heartbeat,
     Key,
     Kind,
-    KindSnapshot,
     Message,
     Notice,
     Projection,
@@ -183,11 +182,11 @@ class Channel:
 
 def _admit_group(path: str) -> None:
     """Give the workers' group access; best effort, as a test or a worker of that very group may not change it."""
-    for change in (lambda: os.chown(path, -1, SOCKET_GROUP), lambda: os.chmod(path, SOCKET_MODE)):
-        try:
-            change()
-        except OSError as error:
-            log.debug("%s: %s", path, error)
+    try:
+        os.chmod(path, SOCKET_MODE)
+        os.chown(path, -1, SOCKET_GROUP)
+    except OSError as error:
+        log.debug("%s: %s", path, error)
 
 
 Pollable = Channel | int
@@ -432,6 +431,9 @@ class Publisher:
         """``epoch`` must differ from that of any earlier watcher."""
         self.epoch = epoch
         self.seqs: dict[Kind, int] = dict.fromkeys(KINDS, 0)
+        # The wire form of each object (325 bytes a pod): a snapshot is then a matter of joining them.
+        self._wire: dict[Kind, dict[Key, tuple[Projection, bytes]]] = {kind: {} for kind in KINDS}
+        self._packer = codec.object_packer()
         self._deltas = DeltaSender(directory)
         self._snapshots = SnapshotServer(directory)
         self._notices = NoticeReceiver(directory)
@@ -456,11 +458,15 @@ class Publisher:
 
         An object that cannot be sent (too long, a number beyond 64 bits) is dropped with one line that names it.
         """
+        wire = self._wire[kind]
         batch: list[bytes] = []
         size = 0
         keys = list(gone)
+        for key in keys:
+            wire.pop(key, None)
         for item in put:
             data = self._encoded_object(item)
+            wire[item.key] = (item, data)
             if batch and size + len(data) > DELTA_BYTES:
                 self._send_delta(kind, batch, [])
                 batch, size = [], 0
@@ -476,7 +482,7 @@ class Publisher:
     def _encoded_object(self, item: Projection) -> bytes:
         """The object's wire form, empty when it has none."""
         try:
-            return codec.encode_object(item)
+            return codec.encode_object(item, self._packer)
         except BadMessage as error:
             self._deltas.drop(str(error))
             return b""
@@ -493,31 +499,27 @@ class Publisher:
         """Answer the pending snapshot requests; never blocks."""
         if self._deltas.newcomers():
             self.beacon(store.state)
-        encoded: dict[Kind, bytes] = {}
         for peer, request in self._snapshots.requests():
-            parts = [self._encoded(kind, store, encoded) for kind in dict.fromkeys(request.kinds)]
-            snapshot = codec.encode_snapshot(self.epoch, store.state, [part for part in parts if part])
+            parts = [part for kind in dict.fromkeys(request.kinds) if (part := self._encoded_kind(kind, store))]
+            snapshot = codec.encode_snapshot(self.epoch, store.state, parts)
             if len(snapshot) > codec.MAX_BYTES:
                 text = f"snapshot for {request.worker[:40]!r}: {len(snapshot)} bytes, the bound is {codec.MAX_BYTES}"
                 self._snapshots.drop(text, about="size")
             else:
                 self._snapshots.answer(peer, snapshot)
 
-    def _encoded(self, kind: Kind, store: Store, encoded: dict[Kind, bytes]) -> bytes:
-        if kind not in encoded:
-            try:
-                objects: Iterable[Projection] = store.objects(kind).values()
-            except KeyError:
-                return b""
-            try:
-                encoded[kind] = self._encode_kind(kind, objects)
-            except BadMessage:
-                sendable = [item for item in objects if self._encoded_object(item)]
-                encoded[kind] = self._encode_kind(kind, sendable)
-        return encoded[kind]
-
-    def _encode_kind(self, kind: Kind, objects: Iterable[Projection]) -> bytes:
-        return codec.encode_kind(KindSnapshot(kind=kind, seq=self.seqs[kind], objects=tuple(objects)))
+    def _encoded_kind(self, kind: Kind, store: Store) -> bytes:
+        """A kind's part of a snapshot, from the wire forms of its objects: those not known yet are made."""
+        try:
+            objects = store.objects(kind)
+        except KeyError:
+            return b""
+        known, wire = self._wire[kind], {}
+        for key, item in objects.items():
+            entry = known.get(key)
+            wire[key] = entry if entry is not None and entry[0] is item else (item, self._encoded_object(item))
+        self._wire[kind] = wire
+        return codec.encode_kind(kind, self.seqs[kind], [data for _, data in wire.values() if data])
 
     def notices(self) -> list[Notice]:
         """What the workers have to say since the last call."""

@@ -37,8 +37,12 @@ Key = str
 """Identity of an object within its kind: ``name`` or ``namespace/name``."""
 
 
-class Projection(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What all projected API objects have: their identity."""
+class Projection(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """What all projected API objects have: their identity.
+
+    Projections hold no cycles, so the cyclic collector is told to leave them alone (``gc=False``): a worker with
+    10,000 pods would walk them again and again.
+    """
 
     name: str
     namespace: str = ""
@@ -50,14 +54,14 @@ class Projection(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return f"{self.namespace}/{self.name}" if self.namespace else self.name
 
 
-class NodeAddress(msgspec.Struct, frozen=True, array_like=True):
+class NodeAddress(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One entry of a Node's ``status.addresses``."""
 
     type: str
     address: str
 
 
-class Node(Projection, frozen=True, kw_only=True, omit_defaults=True):
+class Node(Projection, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """Node: annotations are only those under ``kube-router.io/``."""
 
     annotations: dict[str, str] = {}
@@ -68,7 +72,7 @@ class Node(Projection, frozen=True, kw_only=True, omit_defaults=True):
     provider_id: str = ""
 
 
-class ContainerPort(msgspec.Struct, frozen=True, array_like=True):
+class ContainerPort(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A named container port; unnamed ports are not projected, nothing can refer to them."""
 
     name: str
@@ -76,7 +80,7 @@ class ContainerPort(msgspec.Struct, frozen=True, array_like=True):
     protocol: str = "TCP"
 
 
-class Pod(Projection, frozen=True, kw_only=True, omit_defaults=True):
+class Pod(Projection, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """Pod. ``deletion_seconds`` is the grace period in seconds when the pod is terminating, else None."""
 
     labels: dict[str, str] = {}
@@ -90,7 +94,7 @@ class Pod(Projection, frozen=True, kw_only=True, omit_defaults=True):
     container_id: str = ""
 
 
-class ServicePort(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class ServicePort(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One port of a Service; ``target_port`` is a number or a container port's name."""
 
     name: str = ""
@@ -100,7 +104,7 @@ class ServicePort(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     node_port: int = 0
 
 
-class IngressAddress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class IngressAddress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One entry of a Service's ``status.loadBalancer.ingress``."""
 
     ip: str = ""
@@ -108,7 +112,7 @@ class IngressAddress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ip_mode: str = ""
 
 
-class Service(Projection, frozen=True, kw_only=True, omit_defaults=True):
+class Service(Projection, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """Service. ``affinity_timeout`` in seconds, None without ClientIP affinity settings."""
 
     annotations: dict[str, str] = {}
@@ -133,7 +137,7 @@ class Service(Projection, frozen=True, kw_only=True, omit_defaults=True):
     ingress: tuple[IngressAddress, ...] = ()
 
 
-class Endpoint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One endpoint of a slice; a condition is None when the API leaves it out."""
 
     addresses: tuple[str, ...] = ()
@@ -145,7 +149,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     hint_zones: tuple[str, ...] = ()
 
 
-class EndpointPort(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class EndpointPort(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One port of a slice; ``port`` is None for "all ports"."""
 
     name: str = ""
@@ -153,7 +157,7 @@ class EndpointPort(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     port: int | None = None
 
 
-class EndpointSlice(Projection, frozen=True, kw_only=True, omit_defaults=True):
+class EndpointSlice(Projection, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """EndpointSlice; ``service`` is the owning Service's name by label, owner reference or generated name."""
 
     annotations: dict[str, str] = {}
@@ -164,7 +168,7 @@ class EndpointSlice(Projection, frozen=True, kw_only=True, omit_defaults=True):
     ports: tuple[EndpointPort, ...] = ()
 
 
-class LabelExpression(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class LabelExpression(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One ``matchExpressions`` entry."""
 
     key: str
@@ -172,21 +176,21 @@ class LabelExpression(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     values: tuple[str, ...] = ()
 
 
-class LabelSelector(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class LabelSelector(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """LabelSelector; empty selects everything, None (in its holder) selects nothing."""
 
     match_labels: dict[str, str] = {}
     match_expressions: tuple[LabelExpression, ...] = ()
 
 
-class IpBlock(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class IpBlock(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """``ipBlock`` of a NetworkPolicy peer."""
 
     cidr: str
     excepted: tuple[str, ...] = ()
 
 
-class PolicyPeer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class PolicyPeer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One ``from``/``to`` entry; both selectors set means "these pods in these namespaces"."""
 
     pod_selector: LabelSelector | None = None
@@ -194,7 +198,7 @@ class PolicyPeer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ip_block: IpBlock | None = None
 
 
-class PolicyPort(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class PolicyPort(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One ``ports`` entry; ``port`` None means all ports of the protocol."""
 
     protocol: str = "TCP"
@@ -202,14 +206,14 @@ class PolicyPort(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     end_port: int | None = None
 
 
-class PolicyRule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class PolicyRule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One ingress or egress rule; None means the field is missing (all), an empty tuple means it is empty (all)."""
 
     peers: tuple[PolicyPeer, ...] | None = None
     ports: tuple[PolicyPort, ...] | None = None
 
 
-class NetworkPolicy(Projection, frozen=True, kw_only=True, omit_defaults=True):
+class NetworkPolicy(Projection, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """NetworkPolicy; a rule list is None when the spec leaves it out, which differs from an empty one."""
 
     pod_selector: LabelSelector = LabelSelector()
@@ -218,7 +222,7 @@ class NetworkPolicy(Projection, frozen=True, kw_only=True, omit_defaults=True):
     egress: tuple[PolicyRule, ...] | None = None
 
 
-class Namespace(Projection, frozen=True, kw_only=True, omit_defaults=True):
+class Namespace(Projection, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """Namespace: its labels, for selectors."""
 
     labels: dict[str, str] = {}
@@ -342,7 +346,7 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag=True):
 
     ``last_sync`` is the end of the last *successful* sync. ``errors`` counts failures by phase since the start;
     ``pending`` is the number of steps that wait for a retry. ``counts`` and ``counters`` are gauges and counters by
-    metric name without the ``kube_router_`` prefix; a name may end in a label block (``advertisements_sent{type="x"}``).
+    metric name without the ``kube_router_`` prefix; a name may end in labels (``advertisements_sent{type="x"}``).
     ``observations`` are new histogram samples since the last heartbeat.
     """
 

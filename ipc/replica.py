@@ -273,8 +273,11 @@ class ReplicaState:
                 _note(changes, key, old, new)
             else:
                 objects[key] = old
-        for key in objects.keys() - shown.keys():
-            _note(changes, key, None, objects[key])
+        if not shown and not changes:
+            changes.update({key: (None, new) for key, new in objects.items()})
+        else:
+            for key in objects.keys() - shown.keys():
+                _note(changes, key, None, objects[key])
         self._shown[kind] = objects
         self._lent.discard(kind)
         self._cluster = None

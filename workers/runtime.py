@@ -8,7 +8,7 @@ When a reconciliation happens (all times monotonic seconds):
 
 - at the first usable snapshot (in sync, or stale from disk: law 1), and never before;
 - ``min_interval`` after the first of a burst of cluster changes or driver wake-ups (debounce with a bound: a steady
-  stream of events delays nothing beyond it);
+  stream of events delays nothing beyond it), or after the cluster has come in sync (what was kept may now go);
 - ``retry_first`` after a failure, doubling up to ``retry_most``, with jitter; a cluster change does not wait for it;
 - ``period`` after the last one, as the background check for drift.
 
@@ -40,6 +40,8 @@ from kube_router.workers.model import Failure, Outcome
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
+NOTICES_REMEMBERED = 1000
+"""A notice is not sent again while it is among so many of the last ones."""
 
 
 class Clock(Protocol):
@@ -65,20 +67,22 @@ class Trigger:
     """Why a reconciliation happens.
 
     ``start``: the first one of this process; observe the kernel. ``period``: the background check; observe again.
-    ``woken``: a driver saw a foreign change. ``changes``: what differs from the cluster of the last call, by kind and
-    key, accumulated over calls that failed.
+    ``woken``: a driver saw a foreign change. ``confirmed``: the cluster was stale and has come in sync since the last
+    call that did not fail: what was only kept because of that may now be deleted, also when ``changes`` is empty.
+    ``changes``: what differs from the cluster of the last call that did not fail, by kind and key.
     """
 
     start: bool = False
     period: bool = False
     woken: bool = False
     retry: bool = False
+    confirmed: bool = False
     changes: Changes = field(default_factory=dict)
 
     @property
     def observe(self) -> bool:
         """Whether the kernel must be read again instead of trusting what was last applied."""
-        return self.start or self.period or self.woken or self.retry
+        return self.start or self.period or self.woken or self.retry or self.confirmed
 
 
 class Controller(Protocol):
@@ -162,16 +166,21 @@ class Loop:
         clock: Clock | None = None,
         pace: Pace | None = None,
         jitter: Callable[[], float] = random.random,
+        alarm: int | None = None,
     ) -> None:
+        """``alarm``: a descriptor that becomes readable when `stopping` has been set; see `run`."""
         self.controller, self.replica = controller, replica
         self._heartbeats, self._notices = heartbeats, notices
         self._clock, self._pace = clock or SystemClock(), pace or Pace()
         self._schedule = Schedule(self._pace, controller.period, jitter)
         self._pending: Changes = {}
+        self._alarm = [] if alarm is None else [alarm]
         self._woken = False
+        self._confirmed = False
+        self._in_sync = False
         self._ran = False
-        self._beat_at = 0.0
-        self._told: set[tuple[str, ...]] = set()
+        self._beat_at = float("-inf")
+        self._told: dict[tuple[str, ...], None] = {}
         self._said: set[str] = set()
         self.stopping = False
         self.beat = Heartbeat(
@@ -191,8 +200,11 @@ class Loop:
         """Wait for input or the next due time, take the input, reconcile if due, beat if due."""
         wakers = self.controller.wakers()
         now = self._clock.monotonic()
-        timeout = min(self._schedule.wait(now), max(0.0, self._beat_at - now))
-        ready = Poller.wait([*self.replica.sockets, *wakers], timeout)
+        due = self._schedule.wait(now) if self.replica.usable else float("inf")
+        timeout = min(due, self.replica.wait(now), max(0.0, self._beat_at - now))
+        ready = Poller.wait([*self.replica.sockets, *wakers, *self._alarm], timeout)
+        if self.stopping:
+            return
         for descriptor, drain in wakers.items():
             if descriptor in ready and drain():
                 self._woken = True
@@ -206,17 +218,32 @@ class Loop:
             self.send_heartbeat()
 
     def _take(self, changes: Changes) -> None:
+        in_sync = self.replica.cluster.state.in_sync
+        if in_sync and not self._in_sync and self._ran:
+            self._confirmed = True
+            self._schedule.dirty(self._clock.monotonic())
+        self._in_sync = in_sync
         if not changes:
             return
         for kind, by_key in changes.items():
             pending = self._pending.setdefault(kind, {})
             for key, (old, new) in by_key.items():
                 first_old = pending[key][0] if key in pending else old
-                pending[key] = (first_old, new)
+                if first_old == new:
+                    del pending[key]
+                else:
+                    pending[key] = (first_old, new)
         self._schedule.dirty(self._clock.monotonic())
 
     def _reconcile(self, *, retry: bool, period: bool) -> None:
-        trigger = Trigger(start=not self._ran, period=period, woken=self._woken, retry=retry, changes=self._pending)
+        trigger = Trigger(
+            start=not self._ran,
+            period=period,
+            woken=self._woken,
+            retry=retry,
+            confirmed=self._confirmed,
+            changes={kind: by_key for kind, by_key in self._pending.items() if by_key},
+        )
         began = self._clock.monotonic()
         try:
             outcome = self.controller.reconcile(self.replica.cluster, trigger)
@@ -227,7 +254,7 @@ class Loop:
         failed = bool(outcome.failures)
         if not failed:
             self._pending = {}
-            self._woken = False
+            self._woken = self._confirmed = False
         self._ran = True
         self._schedule.done(ended, failed, outcome.retry_after)
         self._report(outcome, ended - began)
@@ -240,9 +267,10 @@ class Loop:
         self._said = lines
         for notice in outcome.notices:
             identity = (notice.kind, notice.namespace, notice.name, notice.uid, notice.reason, notice.text)
-            if identity not in self._told:
-                self._told.add(identity)
-                self._notices.send(notice)
+            if identity not in self._told and self._notices.send(notice):
+                self._told[identity] = None
+                if len(self._told) > NOTICES_REMEMBERED:
+                    del self._told[next(iter(self._told))]
         errors = dict(self.beat.errors)
         for failure in outcome.failures:
             errors[failure.phase] = errors.get(failure.phase, 0) + 1
@@ -279,8 +307,8 @@ class Loop:
             source=self.replica.cluster.state,
             rss=resident_bytes(),
         )
-        self._heartbeats.send(self.beat)
-        self.beat = replace_struct(self.beat, observations={})
+        if self._heartbeats.send(self.beat):
+            self.beat = replace_struct(self.beat, observations={})
         self._beat_at = self._clock.monotonic() + self._pace.beat
 
 
@@ -328,15 +356,17 @@ def run(controller: Controller, pace: Pace | None = None) -> int:
 
     The working directory is the run directory's ``ipc`` folder: every socket is found there by its short name.
     """
+    # A signal's handler only sets a flag, and the poll goes on afterwards (PEP 475): the wake-up descriptor ends it.
+    alarm, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
     replica = Replica(controller.name, controller.kinds)
-    loop = Loop(controller, replica, HeartbeatSender(), NoticeSender(), pace=pace)
+    loop = Loop(controller, replica, HeartbeatSender(), NoticeSender(), pace=pace, alarm=alarm)
 
     def stop(signum: int, frame: object) -> None:
         loop.stopping = True
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    # A signal only sets a flag; without a wake-up the poll would go on until its timeout (PEP 475).
     log.info("started: %s", loop.beat.privileges)
     try:
         loop.run()
