@@ -137,13 +137,14 @@ def parse_duration(text: str) -> int:
         if match is None or not (match[1] or match[3]):
             raise invalid
         position = match.end()
-        if int(match[1][-25:] or "0") > _INT64_LIMIT or len(match[1].lstrip("0")) > 20:
+        whole = match[1].lstrip("0")
+        if len(whole) > len(str(_INT64_LIMIT)) or int(whole or "0") > _INT64_LIMIT:
             raise invalid
         if not match[4]:
             raise ValueError(f"time: missing unit in duration {_time_quote(text)}")
         if match[4] not in NANOSECONDS:
             raise ValueError(f"time: unknown unit {_time_quote(match[4])} in duration {_time_quote(text)}")
-        total += _nanoseconds(match[1], match[3] or "", NANOSECONDS[match[4]])
+        total += _nanoseconds(whole, match[3] or "", NANOSECONDS[match[4]])
         if total > _INT64_LIMIT:
             raise invalid
     negative = text.startswith("-")
