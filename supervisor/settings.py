@@ -8,7 +8,7 @@ go on in spite of it. No fault ever shows a password.
 from __future__ import annotations
 
 import base64
-import binascii
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -35,6 +35,8 @@ CNI_CONF_VARIABLE = "KUBE_ROUTER_CNI_CONF_FILE"
 NODE_NAME_VARIABLE = "NODE_NAME"
 LONGEST_PASSWORD = 80
 """Bytes of a TCP-MD5 key (tcp(7), TCP_MD5SIG_MAXKEYLEN)."""
+_BASE64 = re.compile(r"([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
+_URL_CREDENTIALS = re.compile(r"^([A-Za-z0-9+.-]*://)?.*@", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,8 @@ def field_name(flag_name: str) -> str:
 def shown_value(parsed: Parsed, flag_name: str) -> str:
     """A flag's value as the operator gave it, or its default, as text for messages."""
     if parsed.given(flag_name):
-        return parsed.texts[flag_name]
+        text = parsed.texts[flag_name]
+        return _URL_CREDENTIALS.sub(rf"\1{HIDDEN}@", text) if flag_name == "master" else text
     return next(flag.default for flag in FLAGS if flag.name == flag_name)
 
 
@@ -258,10 +261,13 @@ def decode_passwords(items: Sequence[str]) -> Iterator[str]:
     Raises ValueError with the item's number and the rule, never with what it holds.
     """
     for number, item in enumerate(items, 1):
+        encoded = item.strip().replace("\n", "").replace("\r", "")
         try:
-            key = base64.b64decode(item.strip().replace("\n", "").replace("\r", ""), validate=True)
+            if not _BASE64.fullmatch(encoded):  # b64decode lets surplus padding through
+                raise ValueError
+            key = base64.b64decode(encoded)
             password = key.decode()
-        except (binascii.Error, ValueError):
+        except ValueError:
             raise ValueError(f"item {number} must be text in standard base64") from None
         if len(key) > LONGEST_PASSWORD:
             raise ValueError(f"item {number} must be at most {LONGEST_PASSWORD} bytes before base64")
