@@ -59,6 +59,11 @@ class CniController:
         if self._file is not None:
             self._file.close()
 
+    @property
+    def link_writes(self) -> int:
+        """Netlink requests sent so far that change something."""
+        return self._host.link_writes
+
     def reconcile(self, cluster: Cluster, trigger: Trigger) -> Outcome:
         """Compare and mend everything; it is little, so no case is left out however it was triggered."""
         settings = self._settings

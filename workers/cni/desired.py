@@ -19,7 +19,7 @@ from kube_router.workers.cni.names import (
     FORWARD_IPV6,
     PHASE_NODE,
 )
-from kube_router.workers.linkfacts import LOOPBACK, Links
+from kube_router.workers.linkfacts import LOOPBACK, IPInterface, Links
 from kube_router.workers.model import Failure, Family, IPNetwork
 from kube_router.workers.nodefacts import INVALID_POD_CIDR, NodeFacts, node_facts
 from kube_router.workers.settings import Settings
@@ -86,10 +86,12 @@ class DesiredCni:
 class ActualBridge:
     """The link called kube-bridge. ``kind`` is the kernel's; ``ports`` are the names of its ports."""
 
+    index: int
     kind: str
     up: bool
     mtu: int
-    ports: tuple[str, ...]
+    ports: tuple[str, ...] = ()
+    addresses: tuple[IPInterface, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from kube_router.workers.cni.plan import (
     LoadModule,
     Plan,
     RecordRanges,
+    RemoveGateway,
     SetBridgeMtu,
     SetBridgeUp,
     Step,
@@ -92,7 +93,7 @@ class Host:
         found = None
         if bridge is not None:
             ports = tuple(port.name for port in links.ports_of(bridge))
-            found = ActualBridge(bridge.kind, bridge.up, bridge.mtu, ports)
+            found = ActualBridge(bridge.index, bridge.kind, bridge.up, bridge.mtu, ports, bridge.addresses)
         text, error = self._read_conf()
         return ActualCni(found, observe_sysctls(sysctls), ActualConf(text, error, self._read_record()))
 
@@ -146,10 +147,10 @@ class Host:
                 return CreateBridge in failed
             case WriteSysctl():
                 return LoadModule in failed and not (Path("/proc/sys") / step.path).exists()
-            case RecordRanges() | WriteConf():
+            case RecordRanges() | WriteConf() | RemoveGateway():
                 # After a refused MTU another one goes into the file: the controller plans again.
                 refused = SetBridgeMtu in failed and CreateBridge not in failed
-                return refused or bool(failed & {RecordRanges, WriteConf})
+                return refused or bool(failed & {RecordRanges, WriteConf, RemoveGateway})
             case _:
                 return False
 
@@ -163,6 +164,8 @@ class Host:
                 self._links.set_mtu(name, mtu)
             case DeleteBridge(name):
                 self._links.delete(name)
+            case RemoveGateway(_, index, address):
+                self._links.delete_address(index, address)
             case LoadModule(name):
                 reason = load_module(name)
                 if reason is not None:

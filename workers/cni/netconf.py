@@ -49,13 +49,15 @@ class Style:
 class RangeChange:
     """What shall be in the file. All networks are in network form.
 
-    ``wanted``: our ranges, in the order that pods shall get their addresses. ``owned``: ranges that were put in by us
-    and may be taken out again when they are no longer wanted. ``mtu``: None leaves the user's.
+    ``wanted``: our ranges, in the order that pods shall get their addresses. ``owned``: ranges that count as put in by
+    us. ``removable``: those that are no longer wanted go; if not, they stay, and a family that has one gets no other
+    (two IPv4 ranges on one bridge make every ADD fail). ``mtu``: None leaves the user's.
     """
 
     wanted: tuple[IPNetwork, ...]
     owned: frozenset[IPNetwork]
     mtu: int | None
+    removable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ def _edit(text: str, is_list: bool, change: RangeChange) -> Edited:
     present: tuple[IPNetwork, ...] = ()
     if ipam.get("type", "host-local") == "host-local":
         present = _edit_ranges(ipam, f"{where}ipam", change)
-        warnings += _overlaps(present, f"{where}ipam.ranges")
+        warnings += _refusals(present, f"{where}ipam.ranges", plugin)
     else:
         warnings.append(f"{where}ipam.type: {ipam['type']!r} is not host-local, its ranges are left alone")
     if change.mtu is not None and (plugin.get("mtu") != change.mtu or isinstance(plugin.get("mtu"), float)):
@@ -185,9 +187,13 @@ def _edit_ranges(ipam: JsonObject, where: str, change: RangeChange) -> tuple[IPN
     ranges = ranges_of(ipam, where)
     _move_legacy_subnet(ipam, ranges)
     _drop_duplicates(ranges, frozenset(change.wanted))
-    _replace_unwanted(ranges, change)
+    kept: set[int] = set()
+    if change.removable:
+        _replace_unwanted(ranges, change)
+    else:
+        kept = {each.version for each in _networks(ranges) if each in change.owned and each not in change.wanted}
     for position, network in enumerate(change.wanted):
-        if network not in _networks(ranges):
+        if network not in _networks(ranges) and network.version not in kept:
             _insert(ranges, network, change.wanted[position + 1 :])
     for range_set in ranges:
         for entry in range_set:
@@ -280,12 +286,17 @@ def _has_host_bits(subnet: str) -> bool:
     return False
 
 
-def _overlaps(present: Sequence[IPNetwork], where: str) -> list[str]:
+def _refusals(present: Sequence[IPNetwork], where: str, plugin: JsonObject) -> list[str]:
+    """What host-local and the bridge plugin will not take, and so would make every ADD fail."""
     found = []
     for number, one in enumerate(present):
         for other in present[number + 1 :]:
             if one.version == other.version and one.overlaps(other):
                 found.append(f"{where}: {one} overlaps {other}, host-local refuses such a file")
+    gateway = plugin.get("isGateway") or plugin.get("isDefaultGateway")
+    ipv4 = [str(network) for network in present if network.version == 4]
+    if len(ipv4) > 1 and plugin.get("type") == "bridge" and gateway and not plugin.get("forceAddress"):
+        found.append(f"{where}: {' and '.join(ipv4)}: the bridge plugin takes one IPv4 gateway and refuses a second")
     return found
 
 

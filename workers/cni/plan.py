@@ -3,7 +3,7 @@
 Pure: `ActualCni` and `DesiredCni` in, `Plan` out: data that can be printed, counted and applied.
 
 Order: the bridge before the file that names it; the record of what is ours before the file in which it stands, so that
-a crash between the two never leaves a range that nobody owns.
+a crash between the two never leaves a range that nobody owns; and forgotten only when nothing of it is left.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from kube_router.workers.cni.desired import ActualBridge, ActualCni, ActualConf, DesiredCni, DesiredConf
 from kube_router.workers.cni.names import BRIDGE, BRIDGE_MODULE, PHASE_BRIDGE, PHASE_FILE
 from kube_router.workers.cni.netconf import NetconfError, RangeChange, edit, is_conflist
+from kube_router.workers.linkfacts import IPInterface
 from kube_router.workers.model import Failure, IPNetwork
 
 
@@ -56,6 +57,22 @@ class DeleteBridge:
 
     def __str__(self) -> str:
         return f"delete bridge {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveGateway:
+    """Take the gateway of a range that is no longer ours off the bridge with ``index``.
+
+    The bridge plugin put it there and never removes it. It must go: with another IPv4 address on the bridge the plugin
+    refuses every new pod, and its connected route would swallow traffic to the node that has the CIDR now.
+    """
+
+    name: str
+    index: int
+    address: IPInterface
+
+    def __str__(self) -> str:
+        return f"remove gateway {self.address} from {self.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +119,17 @@ class WriteConf:
         return f"write {self.path}: {self.summary}"
 
 
-Step = CreateBridge | SetBridgeUp | SetBridgeMtu | DeleteBridge | LoadModule | WriteSysctl | RecordRanges | WriteConf
+Step = (
+    CreateBridge
+    | SetBridgeUp
+    | SetBridgeMtu
+    | DeleteBridge
+    | RemoveGateway
+    | LoadModule
+    | WriteSysctl
+    | RecordRanges
+    | WriteConf
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +152,7 @@ def diff(actual: ActualCni, desired: DesiredCni, *, load_modules: bool = True) -
     parts = [
         _plan_bridge(actual, desired),
         _plan_sysctls(actual, desired, load_modules),
-        _plan_conf(actual.conf, desired.conf),
+        _plan_conf(actual.conf, desired.conf, actual.bridge),
     ]
     return Plan(
         steps=tuple(step for part in parts for step in part.steps),
@@ -146,7 +173,7 @@ def _plan_bridge(actual: ActualCni, desired: DesiredCni) -> Plan:
         steps.append(CreateBridge(BRIDGE))
     if bridge is None or not bridge.up:
         steps.append(SetBridgeUp(BRIDGE))
-    # Set on a new bridge even if it happens to be right: a bridge whose MTU was never set follows its ports.
+    # A new bridge has 1500; setting that again is nothing to the kernel, so it is always in the plan.
     if wanted.mtu is not None and (bridge is None or bridge.mtu != wanted.mtu):
         steps.append(SetBridgeMtu(BRIDGE, wanted.mtu))
     return Plan(steps=tuple(steps))
@@ -188,13 +215,13 @@ def _plan_sysctls(actual: ActualCni, desired: DesiredCni, load_modules: bool) ->
     return Plan(steps=tuple(steps), warnings=tuple(warnings))
 
 
-def _plan_conf(actual: ActualConf | None, desired: DesiredConf | None) -> Plan:
+def _plan_conf(actual: ActualConf | None, desired: DesiredConf | None, bridge: ActualBridge | None) -> Plan:
     if desired is None or actual is None:
         return Plan()
     if actual.text is None:
         return Plan(failures=(Failure(PHASE_FILE, f"{desired.path}: {actual.error or 'does not exist'}"),))
     claim = {*desired.ranges, *(desired.claimable if actual.recorded is None else actual.recorded)}
-    change = RangeChange(desired.ranges, frozenset(claim if desired.removable else ()), desired.mtu)
+    change = RangeChange(desired.ranges, frozenset(claim), desired.mtu, desired.removable)
     try:
         edited = edit(actual.text, is_conflist(desired.path), change)
     except NetconfError as error:
@@ -209,9 +236,16 @@ def _plan_conf(actual: ActualConf | None, desired: DesiredConf | None) -> Plan:
         summary = f"ranges {', '.join(map(str, edited.present)) or 'none'}; mtu {edited.mtu or 'not set'}"
         steps.append(WriteConf(desired.path, edited.text, summary))
     final = _ordered(claim.intersection(edited.present))
+    steps += _plan_gateways(claim.difference(final), bridge)
     if final != recorded:
         steps.append(RecordRanges(desired.path, final))
     return Plan(steps=tuple(steps), warnings=tuple(f"{desired.path}: {warning}" for warning in edited.warnings))
+
+
+def _plan_gateways(gone: set[IPNetwork], bridge: ActualBridge | None) -> list[RemoveGateway]:
+    """The gateways of ranges that were ours; known by their prefix, whichever address in it was chosen."""
+    addresses = () if bridge is None or bridge.kind != "bridge" else bridge.addresses
+    return [RemoveGateway(BRIDGE, bridge.index, each) for each in addresses if bridge and each.network in gone]
 
 
 def _ordered(networks: Iterable[IPNetwork]) -> tuple[IPNetwork, ...]:

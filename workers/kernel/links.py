@@ -123,7 +123,10 @@ class LinkDriver:
         self._change(Request(RTM_NEWLINK, 0, payload))
 
     def set_mtu(self, name: str, mtu: int) -> None:
-        """Set a link's MTU in bytes. A bridge whose MTU was set no longer follows its ports."""
+        """Set a link's MTU in bytes.
+
+        A bridge follows its smallest port until its MTU is set to something else than it has; then it stays.
+        """
         mtu_attribute = attribute(_IFLA_MTU, _NUMBER.pack(mtu))
         self._change(
             Request(RTM_NEWLINK, 0, _LINK.pack(0, 0, 0, 0, 0) + text_attribute(_IFLA_IFNAME, name) + mtu_attribute)
@@ -133,6 +136,13 @@ class LinkDriver:
         """Delete a link; one that is not there is no error."""
         payload = _LINK.pack(0, 0, 0, 0, 0) + text_attribute(_IFLA_IFNAME, name)
         self._change(Request(RTM_DELLINK, 0, payload), tolerate=errno.ENODEV)
+
+    def delete_address(self, index: int, address: IPInterface) -> None:
+        """Take an address off the link with ``index``; one that is not there is no error."""
+        family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+        header = _ADDRESS.pack(family, address.network.prefixlen, 0, 0, index)
+        request = Request(RTM_DELADDR, 0, header + attribute(_IFA_LOCAL, address.packed))
+        self._change(request, tolerate=errno.EADDRNOTAVAIL)
 
     def _change(self, request: Request, tolerate: int = 0) -> None:
         error = self._socket.batch([request]).get(0)
