@@ -66,7 +66,10 @@ PACKAGES = [package for folder in FOLDERS for package in subpackages(folder)]
 OPTIONS: dict[str, Any] = {
     "packages": PACKAGES,
     "package_dir": {f"kube_router.{folder}": folder for folder in FOLDERS},
-    "package_data": {"kube_router._fast": ["*.pyi", "py.typed"], "kube_router.workers.router.gobgp": ["*.proto"]},
+    "package_data": {
+        **{f"kube_router.{folder}": ["*.pyi", "py.typed"] for folder in FOLDERS},
+        "kube_router.workers.router.gobgp": ["*.proto"],
+    },
     "include_package_data": False,
     "ext_modules": extensions(),
     "cmdclass": {"build_py": BuildPyWithProtos},
