@@ -23,12 +23,20 @@ import contextlib
 import ctypes
 import os
 import socket
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from kube_router.workers.kernel.links import (
+    RTNLGRP_IPV4_IFADDR,
+    RTNLGRP_IPV6_IFADDR,
+    RTNLGRP_LINK,
+    AddressEvent,
+    LinkEvent,
+    decode_address,
+    decode_link,
+)
 from kube_router.workers.kernel.netlink import (
     NETLINK_NETFILTER,
     NETLINK_ROUTE,
@@ -38,18 +46,13 @@ from kube_router.workers.kernel.netlink import (
     attribute_map,
     text_of,
 )
-from kube_router.workers.kernel.routes import AF, RTM_DELROUTE, RTM_NEWROUTE, KernelRoute, address_text, parse_route
+from kube_router.workers.kernel.routes import RTM_DELROUTE, RTM_NEWROUTE, KernelRoute, parse_route
 from kube_router.workers.model import Family
 
-RTNLGRP_LINK, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV4_RULE = 1, 5, 7, 8
-RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV6_ROUTE, RTNLGRP_IPV6_RULE = 9, 11, 19
+RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV6_ROUTE = 7, 11
 ROUTE_GROUPS = (RTNLGRP_LINK, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV6_ROUTE)
 NFNLGRP_NFTABLES = 7
 
-_RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWADDR, _RTM_DELADDR = 16, 17, 20, 21
-_IFLA_IFNAME, _IFA_ADDRESS, _IFA_LOCAL = 3, 1, 2
-_IFINFOMSG = struct.Struct("=BxHiII")
-_IFADDRMSG = struct.Struct("=BBBBI")
 _NFNL_SUBSYS_NFTABLES = 10
 _NFT_MSG_DELTABLE, _NFT_MSG_DELCHAIN, _NFT_MSG_DELRULE = 2, 5, 8
 _NFTA_TABLE_NAME, _NFTA_CHAIN_TABLE, _NFTA_CHAIN_NAME, _NFTA_RULE_TABLE, _NFTA_RULE_CHAIN = 1, 1, 3, 1, 2
@@ -64,24 +67,6 @@ class Lost(NamedTuple):
 
 
 LOST: Final = Lost()
-
-
-@dataclass(frozen=True, slots=True)
-class LinkEvent:
-    """A link appeared, changed or went."""
-
-    index: int
-    name: str
-    gone: bool
-
-
-@dataclass(frozen=True, slots=True)
-class AddressEvent:
-    """An address appeared, changed or went."""
-
-    index: int
-    address: str
-    gone: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,19 +111,8 @@ class RouteListener:
 def _route_event(message: Message) -> LinkEvent | AddressEvent | RouteEvent | None:
     if message.type in (RTM_NEWROUTE, RTM_DELROUTE):
         route = parse_route(message)
-        return route and RouteEvent(route, message.type == RTM_DELROUTE, message.portid)
-    if message.type in (_RTM_NEWLINK, _RTM_DELLINK) and len(message.payload) >= _IFINFOMSG.size:
-        index = _IFINFOMSG.unpack_from(message.payload)[2]
-        name = text_of(attribute_map(message.payload, _IFINFOMSG.size).get(_IFLA_IFNAME, b""))
-        return LinkEvent(index, name, message.type == _RTM_DELLINK)
-    if message.type in (_RTM_NEWADDR, _RTM_DELADDR) and len(message.payload) >= _IFADDRMSG.size:
-        number, _, _, _, index = _IFADDRMSG.unpack_from(message.payload)
-        found = attribute_map(message.payload, _IFADDRMSG.size)
-        packed = found.get(_IFA_LOCAL, found.get(_IFA_ADDRESS))
-        family = next((family for family, value in AF.items() if value == number), None)
-        if family is not None and packed is not None:
-            return AddressEvent(index, address_text(family, packed), message.type == _RTM_DELADDR)
-    return None
+        return None if route is None else RouteEvent(route, message.type == RTM_DELROUTE, message.portid)
+    return decode_link(message) or decode_address(message)
 
 
 @dataclass(frozen=True, slots=True)

@@ -224,9 +224,7 @@ class NetlinkSocket:
 
     def _dump_once(self, kind: int, payload: bytes, flags: int) -> tuple[list[Message], bool]:
         self._sequence += 1
-        header = _HEADER.pack(
-            _HEADER.size + len(payload), kind, flags | NLM_F_REQUEST, self._sequence, self.portid
-        )
+        header = _HEADER.pack(_HEADER.size + len(payload), kind, flags | NLM_F_REQUEST, self._sequence, self.portid)
         self._socket.sendto(header + payload, (0, 0))
         messages: list[Message] = []
         torn = False

@@ -109,9 +109,7 @@ def parse_route(message: Message) -> KernelRoute | None:
         elif kind == _RTA_MULTIPATH:
             several = True
     prefix = Prefix(f"{address_text(family, destination)}/{length}")
-    return KernelRoute(
-        prefix, family, table, protocol, metric, "" if several else gateway, bool(flags & _RTM_F_CLONED)
-    )
+    return KernelRoute(prefix, family, table, protocol, metric, "" if several else gateway, bool(flags & _RTM_F_CLONED))
 
 
 def address_text(family: Family, packed: bytes | memoryview) -> str:

@@ -1,0 +1,67 @@
+"""Removal of what the router put into the kernel: ``--cleanup-config``, and nothing but ours.
+
+Touches the kernel, through the drivers. Both families, whatever is enabled; both kinds of iptables, because the host
+may have changed its kind since. Rules go before the sets that they name. Every part fails alone.
+"""
+
+from __future__ import annotations
+
+from kube_router.workers.kernel.ipset import SetDriver, SetError
+from kube_router.workers.kernel.iptables import IptablesError, RuleDriver, all_programs
+from kube_router.workers.kernel.netlink import Overflow
+from kube_router.workers.kernel.routes import RouteDriver, describe
+from kube_router.workers.model import Failure, Family
+from kube_router.workers.router.egress import FORWARD, POSTROUTING, plan_egress, plan_forward, set_specs
+from kube_router.workers.router.routes import plan_routes
+from kube_router.workers.settings import Settings
+
+
+def cleanup(settings: Settings) -> list[Failure]:
+    """Remove the egress rule in all its forms, the FORWARD accepts, the two sets and our routes; what went wrong."""
+    return [*_rules(), *_sets(), *_routes()]
+
+
+def _rules() -> list[Failure]:
+    try:
+        drivers = [RuleDriver(programs) for programs in all_programs()]
+    except IptablesError as error:
+        return [Failure("iptables", str(error))]
+    failures = []
+    for driver in drivers:
+        for family in Family:
+            try:
+                driver.apply(plan_egress(family, driver.observe(family, *POSTROUTING), None))
+            except IptablesError as error:
+                failures.append(Failure("pod-egress", f"{family}: {error}"))
+            try:
+                driver.apply(plan_forward(family, driver.observe(family, *FORWARD), ()))
+            except IptablesError as error:
+                failures.append(Failure("forward-rules", f"{family}: {error}"))
+    return failures
+
+
+def _sets() -> list[Failure]:
+    failures = []
+    try:
+        driver = SetDriver()
+    except OSError as error:
+        return [Failure("ipset", str(error))]
+    for family in Family:
+        for spec in set_specs(family):
+            try:
+                driver.destroy(spec)
+            except SetError as error:
+                failures.append(Failure("ipset", str(error)))
+    driver.close()
+    return failures
+
+
+def _routes() -> list[Failure]:
+    try:
+        driver = RouteDriver()
+        actual = driver.observe()
+        failed = driver.apply(plan_routes(actual, {}, actual.ours)).failures
+    except (OSError, Overflow) as error:
+        return [Failure("routes", f"the main table: {error}")]
+    driver.close()
+    return [Failure("routes", line) for line in describe(failed)]
