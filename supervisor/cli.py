@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
 from kube_router.supervisor import govalues
 from kube_router.supervisor.flags import PROGRAM, help_text, parse_arguments
@@ -113,26 +114,30 @@ def start(parsed: Parsed, program: str) -> int:
     resolution = resolve(parsed, read_surroundings(parsed))
     settings = resolution.settings
     of_client = [problem for problem in resolution.problems if problem.of_client] or check_source(parsed, settings)
-    refuse(CLIENT_PREFIX, of_client)
+    of_run = [problem for problem in resolution.problems if not problem.of_client]
+    if of_client:  # upstream's order: a bad source of state comes before the question whether there is a worker to run
+        refuse(of_client, of_run)
     configure(PROGRAM, settings)
     log.info("%s", version_line(program))
     if not (settings.run_router or settings.run_firewall or settings.run_service_proxy):
         log.info("no worker to run: none of --run-router, --run-firewall and --run-service-proxy is true")
         return OK
-    refuse(RUN_PREFIX, resolution.problems or check_listening(parsed, settings))
+    refuse([], of_run)
+    from kube_router.supervisor.launch import launch, leftovers
+
+    if not any(leftovers(Path(settings.run_dir))):  # they may still hold the ports; launch ends them
+        refuse([], check_listening(parsed, settings))
     for remark in resolution.remarks:
         log.warning("%s", remark)
     for worker in settings.unbuilt_workers:
         log.warning("%s is asked for and not built yet: it does not run, and nothing else is affected", worker)
-    from kube_router.supervisor.launch import launch
-
-    sys.stdout.flush()
     return launch(settings, resolution.secrets)
 
 
-def refuse(prefix: str, problems: Iterable[object]) -> None:
-    """Raise `Refused` with a line for each problem, if there is one."""
-    lines = [f"{prefix}{problem}" for problem in problems]
+def refuse(of_client: Sequence[object], of_run: Sequence[object]) -> None:
+    """Raise `Refused` with a line for each problem, if there is one; the prefixes are upstream's."""
+    lines = [f"{CLIENT_PREFIX}{problem}" for problem in of_client]
+    lines += [f"{RUN_PREFIX}{problem}" for problem in of_run]
     if lines:
         raise Refused(*lines)
 
