@@ -51,11 +51,9 @@ class SetPolicies:
     policies: Policies
 
     def __str__(self) -> str:
-        lines = [
-            f"set {name} = {{{' '.join(map(str, sorted(members)))}}}"
-            for sets in (self.policies.prefix_sets, self.policies.neighbor_sets)
-            for name, members in sorted(sets.items())
-        ]
+        members = {name: sorted(map(str, items)) for name, items in self.policies.prefix_sets.items()}
+        members |= {name: sorted(items) for name, items in self.policies.neighbor_sets.items()}
+        lines = [f"set {name} = {{{', '.join(items)}}}" for name, items in sorted(members.items())]
         lines += [f"export {item}" for item in self.policies.export]
         lines += [f"import {item}" for item in self.policies.import_]
         return "set policies:" + "".join(f"\n    {line}" for line in lines)

@@ -12,9 +12,6 @@ import os
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-import signal
-import socket
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,7 @@ from kube_router.ipc.messages import Session
 from kube_router.workers.model import Family, Failure
 from kube_router.workers.router import names
 from kube_router.workers.router.bgpstate import CLOSED, FRESH, BgpState, Neighbor, Speaker
-from kube_router.workers.router.gobgp import convert
+from kube_router.workers.router.gobgp import convert, process
 from kube_router.workers.router.gobgp.convert import Dialect
 from kube_router.workers.router.gobgp.v3 import DialectV3
 from kube_router.workers.router.gobgp.v4 import DialectV4
@@ -60,11 +57,14 @@ CHANNEL_OPTIONS = (
 
 
 class GobgpError(Exception):
-    """A call failed; the text is gobgpd's. ``gone``: the daemon is not there (or no longer)."""
+    """A call failed; the text is gobgpd's.
 
-    def __init__(self, text: str, *, gone: bool = False) -> None:
+    ``gone``: the daemon is not there (or no longer). ``unknown_service``: it does not offer this interface.
+    """
+
+    def __init__(self, text: str, *, gone: bool = False, unknown_service: bool = False) -> None:
         super().__init__(text)
-        self.gone = gone
+        self.gone, self.unknown_service = gone, unknown_service
 
 
 def connect(path: Path) -> Client:
@@ -79,7 +79,7 @@ def connect(path: Path) -> Client:
             try:
                 client.speaker()
             except GobgpError as error:
-                if isinstance(error.__cause__, grpc.RpcError) and _code(error.__cause__) == grpc.StatusCode.UNIMPLEMENTED:
+                if error.unknown_service:
                     continue
                 raise
             return client
@@ -104,6 +104,10 @@ class Client:
     def close(self) -> None:
         """Close the channel; the daemon goes on as it is."""
         self._channel.close()
+
+    def daemon_age(self) -> float:
+        """Seconds since the daemon's process started; infinity when that cannot be told."""
+        return process.age_seconds(self._path)
 
     def speaker(self) -> Speaker | None:
         """What was given to StartBgp, None before."""
@@ -163,7 +167,10 @@ class Client:
                 self._call("StartBgp", self._messages.StartBgpRequest(**{"global": self._speaker(speaker)}))
                 self.apply_step(Assign("export", CLOSED))
             case ReplaceDaemon():
-                self.terminate()
+                try:
+                    process.terminate(self._path)
+                except OSError as error:
+                    raise GobgpError(f"cannot end gobgpd: {error}") from error
             case SetPolicies(policies):
                 self._call("SetPolicies", convert.policies_message(self.dialect, policies))
             case Assign(direction, assignment):
@@ -200,19 +207,6 @@ class Client:
             table=messages.WatchTable(filters=[messages.WatchFilter(type=messages.FILTER_BEST, init=True)]),
         )
         return self._stream("WatchEvent", messages.WatchEventResponse)(request)
-
-    def terminate(self) -> None:
-        """Ask the process at the other end of the socket to end (SIGTERM: peers get a CEASE); raises `GobgpError`.
-
-        A later graceful restart ends it with SIGKILL instead, which keeps the peers' routes (RFC 4724).
-        """
-        try:
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.connect(str(self._path))
-                credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-            os.kill(struct.unpack("3i", credentials)[0], signal.SIGTERM)
-        except OSError as error:
-            raise GobgpError(f"cannot end gobgpd: {error}") from error
 
     def _speaker(self, speaker: Speaker) -> Any:
         return convert.speaker_message(self.dialect, speaker)
@@ -262,9 +256,7 @@ class Client:
         path = convert.path_message(self.dialect, prefix, next_hop, withdraw=True)
         self._call(
             "DeletePath",
-            self._messages.DeletePathRequest(
-                table_type=self._messages.TABLE_GLOBAL, family=path.family, path=path
-            ),
+            self._messages.DeletePathRequest(table_type=self._messages.TABLE_GLOBAL, family=path.family, path=path),
         )
 
     def _add_peer(self, neighbor: Neighbor) -> None:
@@ -272,7 +264,11 @@ class Client:
         self._call("AddPeer", self._messages.PeerRequest(peer=message))
 
     def _delete_peer(self, neighbor: Neighbor) -> None:
-        """Forget a peer. DeletePeer leaves its TCP-MD5 key on the listening socket; an empty password first does not."""
+        """Forget a peer.
+
+        DeletePeer leaves a peer's TCP-MD5 key on the listening socket, and later sessions without password would time
+        out; an update to an empty password takes it away first.
+        """
         if neighbor.password:
             message = convert.neighbor_message(self.dialect, neighbor)
             message.conf.auth_password = ""
@@ -308,18 +304,15 @@ class Client:
         try:
             return call()
         except grpc.RpcError as error:
-            code = _code(error)
+            code = error.code() if isinstance(error, grpc.Call) else None
             details = error.details() if isinstance(error, grpc.Call) else str(error)
             gone = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
-            raise GobgpError(details or str(code), gone=gone) from error
+            unknown = code == grpc.StatusCode.UNIMPLEMENTED
+            raise GobgpError(details or str(code), gone=gone, unknown_service=unknown) from error
 
 
 def _serialize(message: Any) -> bytes:
     return message.SerializeToString()  # type: ignore[no-any-return]
-
-
-def _code(error: grpc.RpcError) -> grpc.StatusCode | None:
-    return error.code() if isinstance(error, grpc.Call) else None
 
 
 def _phase(step: Step) -> str:

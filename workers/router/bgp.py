@@ -1,0 +1,325 @@
+"""The BGP half of the router worker: one gobgpd, attached to, brought to the desired state, and listened to.
+
+Touches gobgpd through its client. The daemon outlives this process, and this process outlives the daemon: a running
+one is adopted as it is, a fresh one is set up in an order that leaks nothing, one that dies is waited for while the
+learned routes stay.
+
+Listing the daemon costs O(everything) and happens on attach, at the periodic check and after a failure; a change in
+the cluster is planned against what is believed to be there, and a learned route touches none of this.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kube_router.ipc.messages import Component, Node, Notice, Session
+from kube_router.workers.model import Failure, Outcome
+from kube_router.workers.nodefacts import NodeFacts
+from kube_router.workers.router import names
+from kube_router.workers.router.bgpstate import BgpState, Speaker
+from kube_router.workers.router.desired import DesiredBgp, desired_bgp
+from kube_router.workers.router.gobgp.client import Client, GobgpError, connect
+from kube_router.workers.router.gobgp.watch import Taken, Watch
+from kube_router.workers.router.plan import AddPath, Plan, Readvertise, ReplaceDaemon, StartSpeaker, diff, kept
+from kube_router.workers.router.rib import Rib
+from kube_router.workers.runtime import Clock, SystemClock
+from kube_router.workers.settings import Secrets, Settings
+
+log = logging.getLogger(__name__)
+
+PATIENCE_SECONDS = 5.0
+"""How long gobgpd may be away before that is worth a warning: it starts beside this worker, or is restarted."""
+RECONNECT_FIRST_SECONDS, RECONNECT_MOST_SECONDS = 0.1, 1.0
+EMPTY_TABLE_SECONDS = 0.5
+"""After the watch's end mark: no table message so long after it means that the table is empty."""
+QUIET_SECONDS = 1.0
+"""No route event for so long, with all sessions up, means that the peers have sent what they have."""
+SESSIONS_SECONDS = 5.0
+"""Received routes are counted again so long after the last change."""
+
+
+@dataclass(slots=True)
+class _Work:
+    """What one call has come to, until it becomes an `Outcome`."""
+
+    writes: int = 0
+    failures: list[Failure] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notices: list[Notice] = field(default_factory=list)
+    counters: dict[str, float] = field(default_factory=dict)
+    observations: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    retries: list[float] = field(default_factory=list)
+
+
+class Bgp:
+    """One gobgpd as this worker sees it."""
+
+    def __init__(self, settings: Settings, secrets: Secrets, clock: Clock | None = None) -> None:
+        self._settings, self._secrets = settings, secrets
+        self._clock = clock or SystemClock()
+        self._path = Path(settings.run_dir) / names.SOCKET
+        self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._client: Client | None = None
+        self._watch: Watch | None = None
+        self._believed: BgpState | None = None
+        self._desired: DesiredBgp | None = None
+        self._compared_with_keep = False
+        self._failures: tuple[Failure, ...] = ()
+        self._rib = Rib()
+        self._received = 0
+        self._complete = False
+        self._settled = False
+        self._restarted_for: Speaker | None = None
+        self._asn = 0
+        self._sessions: tuple[Session, ...] = ()
+        self._sessions_at: float | None = None
+        now = self._clock.monotonic()
+        self._away_since, self._attempts, self._attempt_at = now, 0, now
+        self._young_until = now
+        self._end_of_init_at: float | None = None
+        self._route_at = now
+        self._synced: float | None = None
+
+    @property
+    def learned(self) -> Mapping[str, str]:
+        """Next hop by prefix of the routes learned from peers; a live view."""
+        return self._rib.routes
+
+    @property
+    def hold_deletions(self) -> bool:
+        """Whether ``learned`` may lack routes that exist: gobgpd is away, or its peers have not all spoken yet."""
+        return not (self._complete and self._settled)
+
+    def take_changed(self) -> frozenset[str]:
+        """The prefixes of ``learned`` that changed since the last call."""
+        return self._rib.take()
+
+    def wakers(self) -> Mapping[int, Callable[[], bool]]:
+        """For the worker's loop: see `Controller.wakers`."""
+        return {self._eventfd: self._drain}
+
+    def close(self) -> None:
+        """Let go of gobgpd, which goes on as it is."""
+        self._detach()
+        os.close(self._eventfd)
+
+    def _drain(self) -> bool:
+        try:
+            os.eventfd_read(self._eventfd)
+        except BlockingIOError:
+            return False
+        self._listen()
+        return True
+
+    def _listen(self) -> None:
+        """Take in what the watch has read."""
+        if self._watch is None:
+            return
+        now = self._clock.monotonic()
+        taken = self._watch.take()
+        if taken.routes:
+            self._received += self._rib.apply(taken.routes)
+            self._route_at = now
+        self._note_progress(taken, now)
+        if taken.peers or taken.table:
+            self._sessions_at = now if taken.peers else min(self._sessions_at or float("inf"), now + SESSIONS_SECONDS)
+        if taken.broken is not None:
+            log.warning("gobgpd is gone (%s); learned routes stay", taken.broken)
+            self._detach()
+
+    def _note_progress(self, taken: Taken, now: float) -> None:
+        if self._complete:
+            return
+        if taken.end_of_init:
+            self._end_of_init_at = now
+        empty = self._end_of_init_at is not None and now >= self._end_of_init_at + EMPTY_TABLE_SECONDS
+        if taken.table or empty:
+            self._complete = True
+            self._settle(now)
+
+    def _settle(self, now: float) -> None:
+        """Decide whether the peers have sent what they have. Only a young daemon leaves a doubt, and not for long."""
+        if self._settled or not self._complete:
+            return
+        up = sum(session.state == "established" for session in self._sessions)
+        wanted = len(self._believed.neighbors) if self._believed is not None else 0
+        quiet = up >= wanted and self._believed is not None and now >= self._route_at + QUIET_SECONDS
+        if quiet or now >= self._young_until:
+            self._settled = True
+            self._rib.confirmed()
+            self._sessions_at = now
+
+    def _attach(self, work: _Work) -> bool:
+        """Connect unless connected; False when gobgpd is not there."""
+        if self._client is not None:
+            return True
+        now = self._clock.monotonic()
+        if now >= self._attempt_at:
+            try:
+                self._client = connect(self._path)
+            except GobgpError as error:
+                delay = min(RECONNECT_FIRST_SECONDS * 2**self._attempts, RECONNECT_MOST_SECONDS)
+                self._attempts, self._attempt_at = min(self._attempts + 1, 8), now + delay
+                if not error.gone:
+                    self._failures = (Failure("bgp-daemon", f"gobgpd: {error}"),)
+        if self._client is None:
+            work.retries.append(max(0.01, self._attempt_at - now))
+            if now >= self._away_since + PATIENCE_SECONDS:
+                work.warnings.append(f"gobgpd does not answer on {self._path}; BGP waits, learned routes stay")
+            return False
+        young = self._settings.bgp_graceful_restart_time - self._client.daemon_age()
+        self._young_until = now + max(0.0, young)
+        self._attempts, self._attempt_at, self._route_at = 0, now, now
+        self._failures = ()
+        log.info("attached to gobgpd (interface generation %d)", self._client.generation)
+        return True
+
+    def _detach(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+        if self._client is not None:
+            self._client.close()
+            self._away_since = self._clock.monotonic()
+        self._client = self._watch = self._believed = None
+        self._complete = self._settled = False
+        self._end_of_init_at = None
+        self._sessions, self._sessions_at = (), None
+
+    def _open_watch(self, client: Client) -> None:
+        if self._watch is None:
+            self._rib.restart()
+            self._watch = Watch(client, self._eventfd)
+            self._sessions_at = self._clock.monotonic()
+
+    def reconcile(
+        self,
+        own_node: Node,
+        own: NodeFacts,
+        nodes: Sequence[NodeFacts],
+        *,
+        compare: bool,
+        observe: bool,
+        retry: bool,
+        keep: bool,
+    ) -> Outcome:
+        """Bring gobgpd to the desired state.
+
+        ``compare``: something that the desired state is made of may have changed. ``observe``: read the daemon again.
+        ``retry``: try again what failed. ``keep``: take nothing away (the cluster state is stale). Without any of
+        them this costs next to nothing.
+        """
+        work = _Work()
+        self._listen()
+        try:
+            if self._attach(work):
+                assert self._client is not None
+                due = compare or observe or keep != self._compared_with_keep or self._watch is None
+                if due or (retry and self._failures):
+                    self._compare(self._client, own_node, own, nodes, observe, keep, work)
+                self._look_at_sessions(self._client, work)
+        except GobgpError as error:
+            self._detach()
+            if not error.gone:
+                self._failures = (Failure("bgp-daemon", f"gobgpd: {error}"),)
+            work.retries.append(RECONNECT_FIRST_SECONDS)
+        return self._outcome(own, work)
+
+    def _compare(
+        self,
+        client: Client,
+        own_node: Node,
+        own: NodeFacts,
+        nodes: Sequence[NodeFacts],
+        observe: bool,
+        keep: bool,
+        work: _Work,
+    ) -> None:
+        actual = client.observe() if observe or self._believed is None else self._believed
+        self._desired = desired_bgp(own_node, own, nodes, self._settings, self._secrets, actual)
+        wanted = self._desired.state
+        plan = diff(actual, wanted, keep=keep)
+        if keep and actual.speaker is not None:
+            wanted = kept(actual, wanted)
+        self._compared_with_keep = keep
+        began = self._clock.monotonic()
+        self._failures = self._refuse_loop(plan, actual) or self._apply(client, plan, work)
+        if plan.steps:
+            work.observations["controller_bgp_internal_peers_sync_time"] = (self._clock.monotonic() - began,)
+        self._asn = wanted.speaker.asn if wanted.speaker is not None else 0
+        replaced = any(isinstance(step, ReplaceDaemon) for step in plan.steps)
+        self._believed = None if self._failures or replaced or wanted.speaker is None else wanted
+        if replaced and not self._failures:
+            self._detach()
+            work.retries.append(RECONNECT_FIRST_SECONDS)
+        elif (self._believed or actual).speaker is not None:
+            self._open_watch(client)
+        if not self._failures:
+            self._synced = self._clock.time()
+
+    def _refuse_loop(self, plan: Plan, actual: BgpState) -> tuple[Failure, ...]:
+        """A failure when gobgpd was restarted for the same wish before, and still reads back something else."""
+        match plan.steps:
+            case (ReplaceDaemon(_, desired),) if desired == self._restarted_for:
+                text = f"gobgpd was restarted for {desired}, but runs {actual.speaker}; it is left so"
+                return (Failure("bgp-start", text),)
+            case (ReplaceDaemon(_, desired),):
+                self._restarted_for = desired
+        return ()
+
+    def _apply(self, client: Client, plan: Plan, work: _Work) -> tuple[Failure, ...]:
+        for step in plan.steps:
+            loud = isinstance(step, ReplaceDaemon)
+            log.log(logging.WARNING if loud else logging.INFO, "%s", str(step).partition("\n")[0].rstrip(":"))
+        if any(isinstance(step, StartSpeaker) for step in plan.steps):
+            # All that the daemon will know from here on it learns anew.
+            self._settled = False
+        done, failures = client.apply(plan)
+        work.writes += done
+        sent = sum(isinstance(step, AddPath | Readvertise) for step in plan.steps)
+        if sent:
+            work.counters['controller_bgp_advertisements_sent{type="pod-route"}'] = sent
+        return failures
+
+    def _look_at_sessions(self, client: Client, work: _Work) -> None:
+        now = self._clock.monotonic()
+        if self._client is None or self._watch is None:
+            return
+        if self._sessions_at is not None and now >= self._sessions_at:
+            self._sessions = client.sessions(self._asn)
+            self._sessions_at = None
+        self._note_progress(Taken(), now)
+        self._settle(now)
+        if self._sessions_at is not None:
+            work.retries.append(max(0.01, self._sessions_at - now))
+        if self.hold_deletions:
+            work.retries.append(EMPTY_TABLE_SECONDS)
+
+    def _outcome(self, own: NodeFacts, work: _Work) -> Outcome:
+        if self._received:
+            work.counters["controller_bgp_advertisements_received"] = self._received
+            self._received = 0
+        problems = self._desired.problems if self._desired is not None else ()
+        unbuilt = self._desired.unbuilt if self._desired is not None else ()
+        notices = [
+            Notice(worker="router", kind="Node", name=own.name, uid=own.uid, reason=problem.reason, text=problem.text)
+            for problem in problems
+        ]
+        return Outcome(
+            writes=work.writes,
+            failures=self._failures,
+            warnings=(*work.warnings, *dict.fromkeys(problem.text for problem in problems), *unbuilt),
+            notices=tuple(notices),
+            counters=work.counters,
+            observations=work.observations,
+            components=(
+                Component(
+                    name="NetworkRoutesController", period=self._settings.routes_sync_period, last_success=self._synced
+                ),
+            ),
+            sessions=self._sessions,
+            retry_after=min(work.retries) if work.retries else None,
+        )

@@ -1,0 +1,255 @@
+"""What gobgpd is to do on a node: speaker, sessions, policies and paths, out of Nodes, settings and annotations.
+
+Pure: values in, `DesiredBgp` out. Bad input spoils as little as it can: it becomes a `Problem`, and what it leaves
+unknown stays as gobgpd has it now (``actual``). So the last good state needs no memory of this process.
+
+Sessions between nodes (``--enable-ibgp``): every node with every other, from primary address to primary address, both
+families over the one session. With ``--nodes-full-mesh`` the peer's AS number is left open (0): every node has the
+cluster's, and one that is being moved to another AS number keeps its session meanwhile. The address already says who
+the peer is. Without full mesh, only nodes with the same ``kube-router.io/node.asn`` pair up, and the number is fixed.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from kube_router.ipc.messages import Node
+from kube_router.workers.model import Family, IPAddress
+from kube_router.workers.nodefacts import NODE_ASN, NodeFacts, Problem, parse_address
+from kube_router.workers.router import names
+from kube_router.workers.router.bgpstate import BgpState, Neighbor, Speaker
+from kube_router.workers.router.peers import ExternalPeers, bfd_wanted, external_peers
+from kube_router.workers.router.policies import desired_policies
+from kube_router.workers.settings import Secrets, Settings
+
+DEFAULT_ASN = 64512
+MOST_HOLD_SECONDS = 65535
+
+
+@dataclass(frozen=True, slots=True)
+class DesiredBgp:
+    """``state.speaker`` None: it is not known how to start one; a running one stays, see ``problems``.
+
+    ``unbuilt``: one line a feature that is asked for and not built yet.
+    """
+
+    state: BgpState
+    problems: tuple[Problem, ...] = ()
+    unbuilt: tuple[str, ...] = ()
+
+
+def desired_bgp(
+    own_node: Node,
+    own: NodeFacts,
+    nodes: Sequence[NodeFacts],
+    settings: Settings,
+    secrets: Secrets,
+    actual: BgpState,
+) -> DesiredBgp:
+    """``nodes`` are the facts of all nodes, the own one included; ``actual`` is what gobgpd has."""
+    problems: list[Problem] = []
+    own = with_last_good(own, actual, settings.families, problems)
+    speaker = _speaker(own_node, own, settings, actual, problems)
+    asn = speaker.asn if speaker is not None else 0
+    externals = external_peers(settings, secrets, own.name, own_node.annotations)
+    problems += externals.problems
+    external = dict(_external(own, externals, settings, actual, problems))
+    internal = dict(_internal(own, nodes, asn, settings, problems)) if settings.enable_ibgp and speaker else {}
+    internal = {address: neighbor for address, neighbor in internal.items() if address not in external}
+    if own.primary is None:
+        problems.append(Problem("MissingNodeAddress", f"node {own.name}: has no address; BGP stays as it is"))
+    state = BgpState(
+        speaker=speaker,
+        policies=desired_policies(
+            pod_cidrs=own.pod_cidrs,
+            internal=internal,
+            external=external,
+            advertise_pod_cidr=settings.advertise_pod_cidr,
+            override_next_hop=settings.override_nexthop,
+        ),
+        paths=_paths(own),
+        neighbors={**internal, **external},
+    )
+    return DesiredBgp(state, tuple(problems), tuple(_unbuilt(own_node.annotations, settings, own.name)))
+
+
+def with_last_good(own: NodeFacts, actual: BgpState, families: Sequence[Family], problems: list[Problem]) -> NodeFacts:
+    """``own``, completed for each enabled family that has lost its address or pod CIDRs by what gobgpd announces.
+
+    gobgpd's own paths say both: prefix and next hop. (Paths of service addresses, once they exist, do not count.)
+    """
+    addresses, pod_cidrs, primary = list(own.addresses), list(own.pod_cidrs), own.primary
+    for family in families:
+        held = {
+            ipaddress.ip_network(prefix): ipaddress.ip_address(next_hop)
+            for prefix, next_hop in actual.paths.items()
+            if ipaddress.ip_network(prefix).version == family
+        }
+        if not own.pod_cidrs_of(family):
+            kept = f"; {' '.join(map(str, held))} stays announced" if held else "; none is announced"
+            problems.append(Problem("MissingPodCIDR", f"node {own.name}: has no {family} pod CIDR{kept}"))
+            pod_cidrs += held
+        if own.address(family) is None and held:
+            address = next(iter(held.values()))
+            addresses.append(address)
+            if primary is None or any(item.local_address == str(address) for item in actual.neighbors.values()):
+                primary = address
+    pod_cidrs.sort(key=lambda network: network.version)
+    return replace(own, primary=primary, addresses=tuple(addresses), pod_cidrs=tuple(pod_cidrs))
+
+
+def _speaker(
+    node: Node, own: NodeFacts, settings: Settings, actual: BgpState, problems: list[Problem]
+) -> Speaker | None:
+    """None when a part of it is not known; then a running speaker goes on."""
+    asn = _own_asn(own, settings)
+    if asn is None:
+        rule = f"node {own.name}: annotation {NODE_ASN} is needed with --nodes-full-mesh=false, and is missing or bad"
+        problems.append(Problem("MissingASN", f"{rule}; {_goes_on(actual)}"))
+    identity = router_id(settings.router_id, own)
+    if identity is None and own.primary is not None:
+        rule = f"node {own.name}: has no IPv4 address to be its router-id: set --router-id"
+        problems.append(Problem("MissingRouterID", f"{rule}; {_goes_on(actual)}"))
+    addresses = _listen_addresses(node, own, settings.families, problems)
+    if asn is None or identity is None or not addresses:
+        return actual.speaker
+    return Speaker(asn, identity, settings.bgp_port, frozenset(addresses))
+
+
+def _goes_on(actual: BgpState) -> str:
+    return "BGP goes on as before" if actual.speaker is not None else "BGP is not started"
+
+
+def _own_asn(own: NodeFacts, settings: Settings) -> int | None:
+    return settings.cluster_asn or DEFAULT_ASN if settings.nodes_full_mesh else own.asn
+
+
+def router_id(flag: str, own: NodeFacts) -> str | None:
+    """``--router-id``: literal, ``generate`` (a hash of the primary address) or empty for the node's IPv4 address.
+
+    The hash is FNV-1a, 32 bits, over the 16 bytes of the address (IPv4 mapped into IPv6), as kube-router does it.
+    """
+    if flag and flag != "generate":
+        return flag
+    if flag == "generate":
+        return None if own.primary is None else str(ipaddress.IPv4Address(_fnv1a(_sixteen_bytes(own.primary))))
+    address = own.address(Family.IPV4)
+    return None if address is None else str(address)
+
+
+def _sixteen_bytes(address: IPAddress) -> bytes:
+    return address.packed if address.version == 6 else b"\0" * 10 + b"\xff\xff" + address.packed
+
+
+def _fnv1a(data: bytes) -> int:
+    value = 0x811C9DC5
+    for byte in data:
+        value = (value ^ byte) * 0x01000193 & 0xFFFFFFFF
+    return value
+
+
+def _listen_addresses(
+    node: Node, own: NodeFacts, families: Sequence[Family], problems: list[Problem]
+) -> tuple[str, ...]:
+    """``bgp-local-addresses``, item by item; without a usable one the node's best address of each family."""
+    where = f"node {own.name}: annotation {names.LOCAL_ADDRESSES}"
+    found = []
+    for item in filter(None, map(str.strip, node.annotations.get(names.LOCAL_ADDRESSES, "").split(","))):
+        try:
+            address = parse_address(item)
+        except ValueError:
+            problems.append(Problem("InvalidLocalAddress", f"{where}: {item!r} is not an IP address; ignored"))
+            continue
+        if address.version not in families:
+            text = f"{where}: {item!r} is {Family(address.version)}, which is not enabled; ignored"
+            problems.append(Problem("InvalidLocalAddress", text))
+            continue
+        found.append(str(address))
+    return tuple(found) or tuple(str(own.address(family)) for family in own.families)
+
+
+def _internal(
+    own: NodeFacts, nodes: Sequence[NodeFacts], asn: int, settings: Settings, problems: list[Problem]
+) -> Iterator[tuple[str, Neighbor]]:
+    """Sessions with the other nodes. A node that cannot be paired with is left out; the others do not suffer."""
+    if own.primary is None:
+        return
+    for node in nodes:
+        if node.name == own.name or node.primary is None or node.primary == own.primary:
+            continue
+        if not settings.nodes_full_mesh and node.asn != asn:
+            continue
+        if node.primary.version != own.primary.version:
+            text = f"node {node.name}: primary address {node.primary} and {own.name}'s {own.primary} differ in family"
+            problems.append(Problem("NoCommonFamily", f"{text}; no BGP session between them"))
+            continue
+        yield (
+            str(node.primary),
+            Neighbor(
+                address=str(node.primary),
+                asn=0 if settings.nodes_full_mesh else asn,
+                local_address=str(own.primary),
+                remote_port=settings.bgp_port,
+                families=tuple(family for family in node.families if family in own.families),
+            ),
+        )
+
+
+def _external(
+    own: NodeFacts, externals: ExternalPeers, settings: Settings, actual: BgpState, problems: list[Problem]
+) -> Iterator[tuple[str, Neighbor]]:
+    for address in _running_externals(actual):
+        if externals.hold_all or address in externals.held:
+            yield address, actual.neighbors[address]
+    for peer in externals.peers:
+        family = Family(peer.address.version)
+        local = peer.local_address or own.address(family)
+        if peer.address in own.addresses:
+            problems.append(Problem("InvalidBGPPeer", f"peer {peer.address}: is an address of node {own.name} itself"))
+            continue
+        if local is None:
+            text = f"peer {peer.address}: node {own.name} has no {family} address to reach it from"
+            problems.append(Problem("InvalidBGPPeer", text))
+            continue
+        yield (
+            str(peer.address),
+            Neighbor(
+                address=str(peer.address),
+                asn=peer.asn,
+                local_address=str(local),
+                remote_port=peer.port,
+                families=own.families,
+                hold_seconds=min(int(settings.bgp_holdtime), MOST_HOLD_SECONDS),
+                multihop_ttl=settings.peer_router_multihop_ttl if settings.peer_router_multihop_ttl > 1 else 0,
+                password=peer.password,
+            ),
+        )
+
+
+def _running_externals(actual: BgpState) -> Iterator[str]:
+    for name in names.EXTERNAL_PEER_SETS.values():
+        for member in actual.policies.neighbor_sets.get(name, ()):
+            address = member.partition("/")[0]
+            if address in actual.neighbors:
+                yield address
+
+
+def _paths(own: NodeFacts) -> Mapping[str, str]:
+    """Own pod CIDRs by next hop: the best address of the same family."""
+    hops = {family: own.address(family) for family in Family}
+    return {
+        str(cidr): str(hops[Family(cidr.version)]) for cidr in own.pod_cidrs if hops[Family(cidr.version)] is not None
+    }
+
+
+def _unbuilt(annotations: Mapping[str, str], settings: Settings, node: str) -> Iterator[str]:
+    for name in names.UNBUILT_FLAGS:
+        if getattr(settings, name):
+            yield f"flag --{name.replace('_', '-')} has no effect: not built yet"
+    for key in names.UNBUILT_ANNOTATIONS:
+        if key in annotations:
+            yield f"node {node}: annotation {key} has no effect: not built yet"
+    if not settings.peer_router_ips and bfd_wanted(annotations):
+        yield f"node {node}: annotation {names.PEERS}: bfd has no effect: not built yet"

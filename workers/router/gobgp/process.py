@@ -1,0 +1,44 @@
+"""The gobgpd process behind its socket: which it is, how long it has been running, and how it is ended.
+
+Touches the socket, ``/proc`` and, in `terminate`, the process. The process belongs to the supervisor, which starts a
+fresh one when it ends; nothing here starts it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+from pathlib import Path
+
+_CREDENTIALS = struct.Struct("3i")
+
+
+def process_id(path: Path) -> int:
+    """The process that listens on the unix socket (SO_PEERCRED, unix(7)); raises OSError."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        probe.connect(str(path))
+        credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(credentials)[0])
+
+
+def age_seconds(path: Path) -> float:
+    """How long the process has been running; infinity when that cannot be told (another pid namespace)."""
+    try:
+        fields = Path(f"/proc/{process_id(path)}/stat").read_text().rpartition(")")[2].split()
+        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, float(Path("/proc/uptime").read_text().split()[0]) - started)
+    except (OSError, ValueError, IndexError):
+        return float("inf")
+
+
+def terminate(path: Path) -> None:
+    """End the process: SIGTERM, so peers get a CEASE and drop our routes at once; raises OSError.
+
+    With graceful restart (a later feature) it will be SIGKILL, on which the peers keep them (RFC 4724).
+    """
+    pid = process_id(path)
+    if pid > 1:
+        os.kill(pid, signal.SIGTERM)
