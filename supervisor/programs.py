@@ -1,6 +1,6 @@
-"""The programs of an agent: their names, the flags that ask for them, and whether they are built yet.
+"""The programs of an agent: their names, the flags that ask for them, what each may do, and whether they are built yet.
 
-Pure: a table and two questions to it. A program that is not built is named once at start and in ``status``; it is never
+Pure: a table and questions to it. A program that is not built is named once at start and in ``status``; it is never
 started. To add a worker, write its package and set ``built`` here.
 """
 
@@ -10,6 +10,12 @@ from dataclasses import dataclass
 
 from kube_router.workers.settings import Settings
 
+ROOT = 0
+WORKER_USER = 65532
+"""User and group of the workers without privileges (the "nonroot" of distroless images); group of ``ipc/``."""
+SPEAKER_USER = 65533
+"""User and group of gobgpd: another than the workers', which may thus neither signal it nor reach its socket."""
+
 
 @dataclass(frozen=True, slots=True)
 class Program:
@@ -18,12 +24,20 @@ class Program:
     ``enabled_by`` are the fields of `Settings` that must all be true; empty means: always. (As upstream, the CNI file
     belongs to the router: ``--enable-cni`` alone, on a firewall-only agent, touches nothing.) ``leaves_state``:
     it leaves state on the host when it stops, so its package has a module ``cleanup``.
+
+    ``user`` and ``capabilities`` are all that it may have; ``helpful`` are capabilities that it uses if the agent has
+    them and can do without. ``tools`` are commands that it runs. ``command`` replaces the worker's package.
     """
 
     name: str
     enabled_by: tuple[str, ...]
     built: bool
     leaves_state: bool = True
+    user: int = ROOT
+    capabilities: tuple[str, ...] = ()
+    helpful: tuple[str, ...] = ()
+    tools: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
 
     def enabled(self, settings: Settings) -> bool:
         """Whether the settings ask for this program."""
@@ -31,16 +45,24 @@ class Program:
 
 
 PROGRAMS: tuple[Program, ...] = (
-    Program("watcher", (), built=True, leaves_state=False),
-    Program("gobgpd", ("run_router",), built=True, leaves_state=False),
-    Program("router", ("run_router",), built=True),
-    Program("cni", ("run_router", "enable_cni"), built=True),
+    Program("watcher", (), built=True, leaves_state=False, user=WORKER_USER),
+    Program(
+        "gobgpd",
+        ("run_router",),
+        built=True,
+        leaves_state=False,
+        user=SPEAKER_USER,
+        capabilities=("net_bind_service",),
+        tools=("gobgpd",),
+    ),
+    Program("router", ("run_router",), built=True, capabilities=("net_admin", "net_raw"), tools=("iptables",)),
+    Program("cni", ("run_router", "enable_cni"), built=True, capabilities=("net_admin",), helpful=("sys_module",)),
     Program("firewall", ("run_firewall",), built=False),
     Program("proxy", ("run_service_proxy",), built=False),
     Program("loadbalancer", ("run_loadbalancer",), built=False),
-    Program("health", (), built=True, leaves_state=False),
+    Program("health", (), built=True, leaves_state=False, user=WORKER_USER),
 )
-"""In start order."""
+"""In start order; they are stopped in the reverse one."""
 
 
 def wanted_programs(settings: Settings) -> tuple[Program, ...]:
