@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.cni import CURRENT_PLUGINS, DEBIAN_PLUGINS, PluginError, Runtime, eventually_pings
+from support.namespaces import Namespace, veth
+
 from kube_router.ipc.messages import Node, NodeAddress, SourceState
 from kube_router.ipc.replica import Cluster
 from kube_router.workers.cni.cleanup import cleanup
@@ -21,8 +24,6 @@ from kube_router.workers.cni.controller import CniController
 from kube_router.workers.model import Outcome
 from kube_router.workers.runtime import Trigger
 from kube_router.workers.settings import Settings
-from support.cni import CURRENT_PLUGINS, DEBIAN_PLUGINS, PluginError, Runtime, eventually_pings
-from support.namespaces import Namespace, veth
 
 START = Trigger(start=True)
 WOKEN = Trigger(woken=True)

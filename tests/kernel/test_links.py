@@ -9,9 +9,11 @@ import select
 from collections.abc import Callable, Iterator
 
 import pytest
-from kube_router.workers.kernel.links import LinkDriver, LinkMonitor
-from kube_router.workers.linkfacts import LOOPBACK, Links
 from support.namespaces import Namespace, veth
+
+from kube_router.workers.kernel.links import LinkDriver, LinkMonitor
+from kube_router.workers.kernel.netlink import NetlinkError
+from kube_router.workers.linkfacts import LOOPBACK, Links
 
 
 @pytest.fixture
@@ -92,14 +94,14 @@ def test_makes_changes_and_removes_a_bridge(node: Namespace, driver: LinkDriver)
 
 
 def test_refusals_carry_errno(driver: LinkDriver) -> None:
-    with pytest.raises(OSError) as missing:
+    with pytest.raises(NetlinkError) as missing:
         driver.set_mtu("br9", 1400)
     assert missing.value.errno == errno.ENODEV
     driver.create_bridge("br1")
-    with pytest.raises(OSError) as refused:
+    with pytest.raises(NetlinkError) as refused:
         driver.set_mtu("br1", 70000)
     assert refused.value.errno == errno.EINVAL
-    with pytest.raises(OSError):
+    with pytest.raises(NetlinkError):
         driver.create_bridge("a-name-longer-than-a-link-may-have")
 
 

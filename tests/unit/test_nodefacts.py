@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 
 import pytest
+
 from kube_router.ipc.messages import Node, NodeAddress
 from kube_router.workers.model import Family, parse_network
 from kube_router.workers.nodefacts import (

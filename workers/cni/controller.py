@@ -1,4 +1,4 @@
-"""The cni worker's part of the loop: own Node and links in, bridge, sysctls and CNI file brought to what they should be.
+"""The cni worker's part of the loop: own Node and links in; bridge, sysctls and CNI file brought in line.
 
 Touches the kernel through `Host`. watch → snapshot → **desired → observe → diff → apply**; a plan that is empty touches
 nothing.

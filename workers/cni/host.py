@@ -1,7 +1,7 @@
 """The host as the cni worker sees it: what is there, and the steps of a plan carried out one by one.
 
-Touches the kernel, through the drivers in ``workers.kernel`` only. Recognises its own: the bridge by its name; ranges in
-the configuration file by the record in the state directory, which is written before them.
+Touches the kernel, through the drivers in ``workers.kernel`` only. Recognises its own: the bridge by its name; ranges
+in the configuration file by the record in the state directory, which is written before them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+
 from kube_router.workers.cni.desired import ActualBridge, ActualCni, ActualConf
 from kube_router.workers.cni.names import (
     BRIDGE,

@@ -101,7 +101,8 @@ def _edit(text: str, is_list: bool, change: RangeChange) -> Edited:
         plugin["mtu"] = change.mtu
     mtu = plugin.get("mtu")
     return Edited(
-        text=text if document == before else render(document, style_of(text)),
+        # As text: 1500 and 1500.0 are equal to Python, and not to the plugins.
+        text=text if json.dumps(document) == json.dumps(before) else render(document, style_of(text)),
         present=present,
         mtu=mtu if isinstance(mtu, int) else None,
         warnings=tuple(warnings),
@@ -310,7 +311,7 @@ def style_of(text: str) -> Style:
     stripped = text.rstrip()
     indented = re.search(r"[{\[]\r?\n([ \t]+)", stripped)
     indent = indented.group(1) if indented else None
-    colon = ": " if indent is not None or re.search(r'"\s*:\s', stripped) else ":"
+    colon = ": " if re.search(r'"\s*:\s', stripped) else ":"
     comma = "," if indent is not None or not re.search(r",\s", stripped) else ", "
     return Style(indent, (comma, colon), text[len(stripped) :], text.isascii())
 

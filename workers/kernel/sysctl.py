@@ -1,7 +1,7 @@
 """Kernel switches below /proc/sys, and the modules that bring them.
 
-Touches the kernel: /proc/sys of the calling thread's network namespace, and modprobe(8). Reads and writes only the paths
-that it is given.
+Touches the kernel: /proc/sys of the calling thread's network namespace, and modprobe(8). Reads and writes only the
+paths that it is given.
 """
 
 from __future__ import annotations
