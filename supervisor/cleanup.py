@@ -42,7 +42,8 @@ def run_cleanups(workers: Iterable[str], settings: Settings) -> int:
         done += 1
         for failure in failures:
             log.error("clean-up of %s: %s", worker, failure)
-        log.info("clean-up of %s: %s", worker, f"{len(failures)} steps failed" if failures else "done")
+        steps = "1 step" if len(failures) == 1 else f"{len(failures)} steps"
+        log.info("clean-up of %s: %s", worker, f"{steps} failed" if failures else "done")
     return 1 if broken and not done else 0
 
 

@@ -24,7 +24,7 @@ CLIENT_PREFIX = "failed to parse kube-router config: "
 RUN_PREFIX = "failed to run kube-router: "
 
 
-class Refused(Exception):
+class StartError(Exception):
     """The agent does not start; one line a reason."""
 
     def __init__(self, *lines: str) -> None:
@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BAD_SYNTAX
     try:
         return run(parsed, program)
-    except Refused as refused:
-        tell(*refused.lines)
+    except StartError as error:
+        tell(*error.lines)
         return FAILED
 
 
@@ -69,7 +69,7 @@ def run(parsed: Parsed, program: str) -> int:
         tell(version_line(program))
         return OK
     if os.geteuid() != 0:
-        raise Refused(f"{PROGRAM} must run as root: it configures the network of this host (user id {os.geteuid()})")
+        raise StartError(f"{PROGRAM} must run as root: it configures the network of this host (user id {os.geteuid()})")
     return clean(parsed) if parsed.values["cleanup-config"] else start(parsed, program)
 
 
@@ -79,9 +79,9 @@ def check_words(parsed: Parsed) -> None:
     try:
         govalues.parse_int(level, 32)
     except ValueError as error:
-        raise Refused(f"failed to set log level to {govalues.quote(level)}: {error}") from None
+        raise StartError(f"failed to set log level to {govalues.quote(level)}: {error}") from None
     if parsed.positionals:
-        raise Refused(f"unrecognized positional argument(s): [{' '.join(parsed.positionals)}]")
+        raise StartError(f"unrecognized positional argument(s): [{' '.join(parsed.positionals)}]")
 
 
 def version_line(program: str) -> str:
@@ -135,11 +135,11 @@ def start(parsed: Parsed, program: str) -> int:
 
 
 def refuse(of_client: Sequence[object], of_run: Sequence[object]) -> None:
-    """Raise `Refused` with a line for each problem, if there is one; the prefixes are upstream's."""
+    """Raise `StartError` with a line for each problem, if there is one; the prefixes are upstream's."""
     lines = [f"{CLIENT_PREFIX}{problem}" for problem in of_client]
     lines += [f"{RUN_PREFIX}{problem}" for problem in of_run]
     if lines:
-        raise Refused(*lines)
+        raise StartError(*lines)
 
 
 if __name__ == "__main__":

@@ -97,12 +97,12 @@ def parse_uint(text: str, base: int, bits: int) -> int:
         value = value * radix + digit
         if value >> bits:
             raise fail("value out of range")
-    if "_" in digits and not _underscores_between_digits(text, digits, radix):
+    if "_" in digits and not _underscores_between_digits(text, digits):
         raise fail("invalid syntax")
     return value
 
 
-def _underscores_between_digits(text: str, digits: str, radix: int) -> bool:
+def _underscores_between_digits(text: str, digits: str) -> bool:
     prefixed = len(text) != len(digits)  # a base prefix counts as a digit before the underscore
     body = digits if not prefixed else "0" + digits
     return not (body.startswith("_") or body.endswith("_") or "__" in body)

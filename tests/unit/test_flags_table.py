@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+
 import msgspec
 import pytest
 
@@ -10,7 +12,7 @@ from kube_router.supervisor.rules import RULES
 from kube_router.supervisor.settings import NOT_SETTINGS, field_name
 from kube_router.workers.settings import Settings
 
-M, S, MS = 60 * 10**9, 10**9, 10**6
+# name, kind, default (a duration in seconds)
 UPSTREAM = """
 advertise-cluster-ip bool False
 advertise-external-ip bool False
@@ -22,11 +24,11 @@ bfd-detection-multiplier uint32 3
 bfd-port uint32 3784
 bfd-required-min-rx-interval uint32 1000
 bgp-graceful-restart bool False
-bgp-graceful-restart-deferral-time duration 6*M
-bgp-graceful-restart-time duration 90*S
-bgp-holdtime duration 90*S
+bgp-graceful-restart-deferral-time duration 360
+bgp-graceful-restart-time duration 90
+bgp-holdtime duration 90
 bgp-port uint32 179
-cache-sync-timeout duration M
+cache-sync-timeout duration 60
 cleanup-config bool False
 cluster-asn uint 0
 disable-source-dest-check bool True
@@ -46,16 +48,16 @@ health-addr string ''
 health-port uint16 20244
 help bool False
 hostname-override string ''
-injected-routes-sync-period duration M
-iptables-sync-period duration 5*M
-ipvs-graceful-period duration 30*S
+injected-routes-sync-period duration 60
+iptables-sync-period duration 300
+ipvs-graceful-period duration 30
 ipvs-graceful-termination bool False
 ipvs-permit-all bool True
-ipvs-sync-period duration 5*M
+ipvs-sync-period duration 300
 kubeconfig string ''
 loadbalancer-default-class bool True
 loadbalancer-ip-range strings ()
-loadbalancer-sync-period duration M
+loadbalancer-sync-period duration 60
 masquerade-all bool False
 master string ''
 metrics-addr string ''
@@ -75,7 +77,7 @@ peer-router-passwords strings ()
 peer-router-passwords-file string ''
 peer-router-ports uints ()
 router-id string ''
-routes-sync-period duration 5*M
+routes-sync-period duration 300
 run-firewall bool True
 run-loadbalancer bool False
 run-router bool True
@@ -99,7 +101,7 @@ OURS = {
     "log-format": ("string", "text"),
 }
 EXPECTED = {
-    name: (kind, eval(default, {"M": M, "S": S}))
+    name: (kind, ast.literal_eval(default) * 10**9) if kind == "duration" else (kind, ast.literal_eval(default))
     for name, kind, default in (line.split(" ", 2) for line in UPSTREAM.strip().splitlines())
 }
 

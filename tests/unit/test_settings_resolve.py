@@ -244,10 +244,13 @@ def test_a_passwords_file_without_an_item_for_each_peer() -> None:
 @given(st.lists(st.binary(max_size=90), max_size=4))
 def test_any_bytes_decode_or_are_refused_without_being_shown(keys: list[bytes]) -> None:
     items = [base64.b64encode(key).decode() for key in keys]
+    complaint = ""
     try:
         passwords = tuple(decode_passwords(items))
     except ValueError as error:
-        assert not any(item and item in str(error) for item in items if len(item) > 4)
+        complaint = str(error)
+    if complaint:
+        assert not any(item in complaint for item in items if len(item) > 4)
     else:
         assert [password.encode() for password in passwords] == keys
         assert all(len(key) <= 80 for key in keys)
@@ -260,8 +263,7 @@ def test_any_bytes_decode_or_are_refused_without_being_shown(keys: list[bytes]) 
 def test_any_command_line_gives_settings_or_lines(flags: list[tuple[str, str]]) -> None:
     try:
         result = resolution(*(f"--{name}={text}" for name, text in flags))
-    except FlagError as error:
-        assert str(error)
+    except FlagError:
         return
     assert msgspec.convert(msgspec.to_builtins(result.settings), Settings) == result.settings
     assert all(str(problem).isprintable() for problem in result.problems)
