@@ -6,6 +6,8 @@ may have changed its kind since. Rules go before the sets that they name. Every 
 
 from __future__ import annotations
 
+import time
+
 from kube_router.workers.kernel.ipset import SetDriver, SetError
 from kube_router.workers.kernel.iptables import IptablesError, RuleDriver, all_programs
 from kube_router.workers.kernel.netlink import Overflow
@@ -13,7 +15,11 @@ from kube_router.workers.kernel.routes import RouteDriver, describe
 from kube_router.workers.model import Failure, Family
 from kube_router.workers.router.egress import FORWARD, POSTROUTING, plan_egress, plan_forward, set_specs
 from kube_router.workers.router.routes import plan_routes
+from kube_router.workers.rulefacts import SetSpec
 from kube_router.workers.settings import Settings
+
+_WAITS = (0.01, 0.05, 0.1, 0.2, 0.4, 0.8)
+"""Seconds between attempts to destroy a set that something still refers to."""
 
 
 def cleanup(settings: Settings) -> list[Failure]:
@@ -49,11 +55,22 @@ def _sets() -> list[Failure]:
     for family in Family:
         for spec in set_specs(family):
             try:
-                driver.destroy(spec)
+                _destroy(driver, spec)
             except SetError as error:
                 failures.append(Failure("ipset", str(error)))
     driver.close()
     return failures
+
+
+def _destroy(driver: SetDriver, spec: SetSpec) -> None:
+    """Destroy a set; nftables frees the rules that named it only some time after their removal."""
+    for wait in _WAITS:
+        try:
+            driver.destroy(spec)
+            return
+        except SetError:
+            time.sleep(wait)
+    driver.destroy(spec)
 
 
 def _routes() -> list[Failure]:

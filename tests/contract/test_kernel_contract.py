@@ -1,0 +1,254 @@
+"""One suite for the real kernel and the fake one: what a driver may rely on, and what it is refused.
+
+Every test says what the kernel does; the fake must do the same, or the tests that build on it prove nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pytest
+from support.fake_kernel import METRIC, FakeKernel, FakeRoutes, FakeRules, FakeSets, TableEntry
+from support.namespaces import Namespace, namespaces
+
+from kube_router.workers.kernel.ipset import SetDriver, SetError
+from kube_router.workers.kernel.iptables import IptablesError, Programs, RuleDriver
+from kube_router.workers.kernel.routes import RouteDriver
+from kube_router.workers.model import Family
+from kube_router.workers.routefacts import ActualRoutes, Prefix, Route, RoutePlan
+from kube_router.workers.rulefacts import Members, RulePlan, RuleStep, RuleText, SetName, SetSpec, plan_set
+
+PREFIX = {Family.IPV4: Prefix("10.9.0.0/16"), Family.IPV6: Prefix("2001:db8:9::/48")}
+NEXT_HOP = {Family.IPV4: "10.0.0.2", Family.IPV6: "fd00::2"}
+OTHER_HOP = {Family.IPV4: "10.0.0.3", Family.IPV6: "fd00::3"}
+UNREACHABLE = {Family.IPV4: "192.0.2.1", Family.IPV6: "2001:db8:ffff::1"}
+MEMBERS = {Family.IPV4: ["10.1.0.0/16", "10.2.0.1"], Family.IPV6: ["fd01::/64", "fd02::1"]}
+
+
+@dataclass
+class FakeHost:
+    """The fake kernel, with what a foreign hand can do to it."""
+
+    kernel: FakeKernel
+
+    def __post_init__(self) -> None:
+        self.routes, self.sets, self.rules = FakeRoutes(self.kernel), FakeSets(self.kernel), FakeRules(self.kernel)
+
+    def foreign_route(self, prefix: Prefix, gateway: str, protocol: int = 4, metric: int | None = None) -> None:
+        default = METRIC[6 if ":" in prefix else 4]
+        self.kernel.table.append(TableEntry(prefix, default if metric is None else metric, protocol, gateway))
+
+    def protocols(self, prefix: Prefix) -> list[int]:
+        return sorted(entry.protocol for entry in self.kernel.table if entry.prefix == prefix)
+
+    def foreign_set(self, name: str, kind: str, family: Family) -> None:
+        self.kernel.sets[name] = (SetSpec(SetName(name), cast(Any, kind), family), set())
+
+
+@dataclass
+class KernelHost:
+    """A network namespace with two connected subnets."""
+
+    namespace: Namespace
+    backend: str
+
+    def __post_init__(self) -> None:
+        self.namespace.run("ip link add x type veth peer name y; ip link set y up")
+        self.namespace.run("ip address add 10.0.0.1/24 dev x; ip address add fd00::1/64 dev x nodad; ip link set x up")
+        self.routes, self.sets = RouteDriver(), SetDriver()
+        self.rules = RuleDriver(Programs(cast(Any, self.backend), f"-{self.backend}", (1, 8, 9)))
+
+    def foreign_route(self, prefix: Prefix, gateway: str, protocol: int = 4, metric: int | None = None) -> None:
+        suffix = "" if metric is None else f" metric {metric}"
+        self.namespace.run(f"ip route append {prefix} via {gateway} proto {protocol}{suffix}")
+
+    def protocols(self, prefix: Prefix) -> list[int]:
+        family = "-6" if ":" in prefix else "-4"
+        lines = self.namespace.run(f"ip -N {family} route show {prefix} table main").splitlines()
+        return sorted(int(line.split(" proto ")[1].split()[0]) for line in lines if " proto " in line)
+
+    def foreign_set(self, name: str, kind: str, family: Family) -> None:
+        self.namespace.run(f"ipset create {name} {kind} family {'inet6' if family is Family.IPV6 else 'inet'}")
+
+
+Host = FakeHost | KernelHost
+
+
+@pytest.fixture(params=["fake", "nft", "legacy"])
+def host(request: pytest.FixtureRequest) -> Iterator[Host]:
+    if request.param == "fake":
+        kernel = FakeKernel()
+        kernel.connect("10.0.0.0/24")
+        kernel.connect("fd00::/64")
+        yield FakeHost(kernel)
+        return
+    with namespaces() as (namespace,), namespace.enter():
+        made = KernelHost(namespace, request.param)
+        yield made
+        made.routes.close()
+        made.sets.close()
+
+
+@pytest.fixture(params=list(Family), ids=str)
+def family(request: pytest.FixtureRequest) -> Family:
+    return cast(Family, request.param)
+
+
+def add(family: Family, gateway: str) -> RoutePlan:
+    return RoutePlan(add=((PREFIX[family], Route(gateway)),))
+
+
+def test_a_route_is_added_seen_replaced_and_removed(host: Host, family: Family) -> None:
+    prefix = PREFIX[family]
+    assert host.routes.apply(add(family, NEXT_HOP[family])).added == 1
+    assert host.routes.observe() == ActualRoutes({prefix: Route(NEXT_HOP[family])})
+    assert host.routes.apply(RoutePlan(replace=((prefix, Route(OTHER_HOP[family])),))).added == 1
+    assert host.routes.observe() == ActualRoutes({prefix: Route(OTHER_HOP[family])})
+    assert host.protocols(prefix) == [17]
+    assert host.routes.apply(RoutePlan(delete=(prefix,))).removed == 1
+    assert host.routes.observe() == ActualRoutes()
+
+
+def test_adding_takes_no_other_route_s_place(host: Host, family: Family) -> None:
+    prefix = PREFIX[family]
+    host.foreign_route(prefix, OTHER_HOP[family])
+    applied = host.routes.apply(add(family, NEXT_HOP[family]))
+    assert [failure.error.errno for failure in applied.failures] == [errno.EEXIST]
+    assert applied.added == 0
+    assert host.protocols(prefix) == [4]
+
+
+def test_replacing_takes_any_route_s_place(host: Host, family: Family) -> None:
+    """Why a plan replaces only where a route of ours was seen."""
+    prefix = PREFIX[family]
+    host.foreign_route(prefix, OTHER_HOP[family])
+    host.routes.apply(RoutePlan(replace=((prefix, Route(NEXT_HOP[family])),)))
+    assert host.protocols(prefix) == [17]
+
+
+def test_deleting_leaves_other_protocols(host: Host, family: Family) -> None:
+    prefix = PREFIX[family]
+    host.foreign_route(prefix, OTHER_HOP[family])
+    applied = host.routes.apply(RoutePlan(delete=(prefix,)))
+    assert (applied.removed, applied.failures) == (0, ())
+    assert host.protocols(prefix) == [4]
+
+
+def test_foreign_routes_are_seen_only_where_they_matter(host: Host, family: Family) -> None:
+    prefix = PREFIX[family]
+    host.foreign_route(prefix, OTHER_HOP[family])
+    assert host.routes.observe().foreign == frozenset()
+    assert host.routes.observe({prefix}).foreign == {prefix}
+
+
+def test_a_route_of_our_protocol_with_a_metric_is_a_stray(host: Host, family: Family) -> None:
+    prefix = PREFIX[family]
+    host.routes.apply(add(family, NEXT_HOP[family]))
+    host.foreign_route(prefix, OTHER_HOP[family], protocol=17, metric=77)
+    actual = host.routes.observe()
+    assert actual.ours == {prefix: Route(NEXT_HOP[family])}
+    assert [(stray.prefix, stray.metric) for stray in actual.strays] == [(prefix, 77)]
+    assert host.routes.apply(RoutePlan(strays=actual.strays)).removed == 1
+    assert host.routes.observe() == ActualRoutes({prefix: Route(NEXT_HOP[family])})
+
+
+def test_an_unreachable_gateway_is_refused_and_stops_no_other_route(host: Host, family: Family) -> None:
+    good, bad = PREFIX[family], Prefix("10.8.0.0/16" if family is Family.IPV4 else "2001:db8:8::/48")
+    plan = RoutePlan(add=((bad, Route(UNREACHABLE[family])), (good, Route(NEXT_HOP[family]))))
+    applied = host.routes.apply(plan)
+    assert [failure.prefix for failure in applied.failures] == [bad]
+    assert applied.failures[0].error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH)
+    assert host.routes.observe().ours.keys() == {good}
+
+
+def net_set(family: Family, size: int = 65536) -> SetSpec:
+    return SetSpec(SetName("test-nets"), "hash:net", family, size)
+
+
+def test_a_set_is_made_filled_changed_counted_and_destroyed(host: Host, family: Family) -> None:
+    spec, members = net_set(family), Members.of(family, MEMBERS[family])
+    assert host.sets.observe(spec) is None
+    assert host.sets.count(spec) is None
+    host.sets.apply(plan_set(spec, None, members))
+    assert host.sets.observe(spec) == members
+    assert host.sets.count(spec) == 2
+    fewer = Members.of(family, MEMBERS[family][:1])
+    host.sets.apply(plan_set(spec, members, fewer))
+    assert host.sets.observe(spec) == fewer
+    assert host.sets.destroy(spec) is True
+    assert host.sets.destroy(spec) is False
+    assert host.sets.observe(spec) is None
+
+
+def test_members_that_are_there_or_gone_already_are_no_error(host: Host, family: Family) -> None:
+    spec, members = net_set(family), Members.of(family, MEMBERS[family])
+    host.sets.apply(plan_set(spec, None, members))
+    host.sets.apply(plan_set(spec, Members(family), members))
+    assert host.sets.observe(spec) == members
+    elsewhere = Members.of(family, ["10.7.0.0/16"] if family is Family.IPV4 else ["fd07::/64"])
+    host.sets.apply(plan_set(spec, elsewhere, Members(family)))
+    assert host.sets.observe(spec) == members
+
+
+def test_a_member_for_a_set_that_is_gone_is_refused(host: Host, family: Family) -> None:
+    with pytest.raises(SetError, match="test-nets"):
+        host.sets.apply(plan_set(net_set(family), Members(family), Members.of(family, MEMBERS[family])))
+
+
+def test_a_full_set_is_refused_by_name(host: Host, family: Family) -> None:
+    with pytest.raises(SetError, match="test-nets: add: it is full"):
+        host.sets.apply(plan_set(net_set(family, 1), None, Members.of(family, MEMBERS[family])))
+
+
+def test_a_set_of_another_type_is_a_conflict_and_stays(host: Host, family: Family) -> None:
+    host.foreign_set("test-nets", "hash:ip", family)
+    for act in (host.sets.observe, host.sets.count, host.sets.destroy):
+        with pytest.raises(SetError, match=r"test-nets: exists as hash:ip.* but must be hash:net"):
+            act(net_set(family))
+    assert host.sets.count(SetSpec(SetName("test-nets"), "hash:ip", family)) == 0
+
+
+ACCEPT = RuleText("-i a -j ACCEPT")
+DROP = RuleText("-i b -j DROP")
+OTHER = RuleText('-i c -m comment --comment "two words" -j ACCEPT')
+
+
+def rules(family: Family, *steps: tuple[str, RuleText, int]) -> RulePlan:
+    return RulePlan(family, "filter", tuple(RuleStep(cast(Any, verb), "FORWARD", rule, at) for verb, rule, at in steps))
+
+
+def test_rules_are_inserted_appended_and_deleted(host: Host, family: Family) -> None:
+    host.rules.apply(rules(family, ("append", DROP, 1), ("insert", ACCEPT, 1), ("insert", OTHER, 2)))
+    assert host.rules.observe(family, "filter", "FORWARD") == (ACCEPT, OTHER, DROP)
+    host.rules.apply(rules(family, ("delete", OTHER, 1)))
+    assert host.rules.observe(family, "filter", "FORWARD") == (ACCEPT, DROP)
+
+
+def test_a_deletion_takes_one_of_two_equal_rules(host: Host, family: Family) -> None:
+    host.rules.apply(rules(family, ("append", ACCEPT, 1), ("append", ACCEPT, 1), ("delete", ACCEPT, 1)))
+    assert host.rules.observe(family, "filter", "FORWARD") == (ACCEPT,)
+
+
+@pytest.mark.parametrize("bad", [("delete", OTHER, 1), ("insert", OTHER, 9)])
+def test_rule_steps_happen_together_or_not_at_all(host: Host, family: Family, bad: tuple[str, RuleText, int]) -> None:
+    host.rules.apply(rules(family, ("append", ACCEPT, 1)))
+    with pytest.raises(IptablesError):
+        host.rules.apply(rules(family, ("append", DROP, 1), bad))
+    assert host.rules.observe(family, "filter", "FORWARD") == (ACCEPT,)
+
+
+def test_a_rule_cannot_name_a_missing_set_and_keeps_the_one_it_names(host: Host, family: Family) -> None:
+    matching = RuleText("-m set --match-set test-nets src -j ACCEPT")
+    with pytest.raises(IptablesError):
+        host.rules.apply(rules(family, ("append", matching, 1)))
+    host.sets.apply(plan_set(net_set(family), None, Members(family)))
+    host.rules.apply(rules(family, ("append", matching, 1)))
+    assert host.rules.observe(family, "filter", "FORWARD") == (matching,)
+    with pytest.raises(SetError, match="something still refers to it"):
+        host.sets.destroy(net_set(family))
+    host.rules.apply(rules(family, ("delete", matching, 1)))
+    if isinstance(host, FakeHost) or host.backend == "legacy":
+        assert host.sets.destroy(net_set(family)) is True  # nftables lets go of it a moment later

@@ -1,0 +1,210 @@
+"""A kernel in memory: routes, sets and rules that obey the real one's rules, for tests without root.
+
+It refuses what the kernel refuses, with the same errors: a gateway on no connected subnet, a second route in one place, a
+rule that names a missing set, a set that a rule refers to. `tests/contract` holds it against the real kernel. It is
+made of the drivers' interfaces, so a worker's code runs on it unaltered.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import re
+from collections.abc import Container
+from dataclasses import dataclass, field
+
+from kube_router.workers.kernel.ipset import SetError
+from kube_router.workers.kernel.iptables import IptablesError, Programs
+from kube_router.workers.kernel.netlink import NetlinkError
+from kube_router.workers.kernel.routes import PROTOCOL, AppliedRoutes, RouteFailure
+from kube_router.workers.model import Family
+from kube_router.workers.routefacts import ActualRoutes, Prefix, Route, RoutePlan, Stray
+from kube_router.workers.rulefacts import Members, RulePlan, RuleText, SetPlan, SetSpec
+
+METRIC = {4: 0, 6: 1024}
+CHAINS = {"filter": ("INPUT", "FORWARD", "OUTPUT"), "nat": ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING")}
+
+
+@dataclass(frozen=True)
+class TableEntry:
+    """One route of the main table."""
+
+    prefix: Prefix
+    metric: int
+    protocol: int
+    gateway: str
+
+
+@dataclass
+class FakeKernel:
+    """One network namespace. ``connected``: subnets of links, which also stand in the main table (protocol 2)."""
+
+    table: list[TableEntry] = field(default_factory=list)
+    sets: dict[str, tuple[SetSpec, set[str]]] = field(default_factory=dict)
+    chains: dict[tuple[Family, str, str], list[RuleText]] = field(default_factory=dict)
+
+    def connect(self, subnet: str) -> None:
+        """A link with an address of ``subnet`` is up."""
+        metric = 0 if ipaddress.ip_network(subnet).version == 4 else 256
+        self.table.append(TableEntry(Prefix(subnet), metric, 2, ""))
+
+    def reachable(self, gateway: str) -> bool:
+        """Whether a connected subnet holds ``gateway``."""
+        address = ipaddress.ip_address(gateway)
+        return any(entry.protocol == 2 and address in ipaddress.ip_network(entry.prefix) for entry in self.table)
+
+    def chain(self, family: Family, table: str, chain: str) -> list[RuleText]:
+        """The rules of a built-in chain; KeyError for one that does not exist."""
+        if chain not in CHAINS[table]:
+            raise KeyError(chain)
+        return self.chains.setdefault((family, table, chain), [])
+
+    def refers(self, name: str) -> bool:
+        """Whether some rule names the set ``name``."""
+        return any(f"--match-set {name} " in rule for rules in self.chains.values() for rule in rules)
+
+
+class FakeRoutes:
+    """`RouteDriver` on a `FakeKernel`."""
+
+    def __init__(self, kernel: FakeKernel) -> None:
+        self._kernel = kernel
+        self.writes = 0
+
+    def observe(self, wanted: Container[Prefix] = frozenset()) -> ActualRoutes:
+        ours: dict[Prefix, Route] = {}
+        strays = []
+        foreign = set()
+        for entry in self._kernel.table:
+            if entry.protocol != PROTOCOL:
+                foreign |= {entry.prefix} if entry.prefix in wanted else set()
+            elif entry.metric == METRIC[ipaddress.ip_network(entry.prefix).version] and entry.prefix not in ours:
+                ours[entry.prefix] = Route(entry.gateway)
+            else:
+                strays.append(Stray(entry.prefix, entry.metric, entry.gateway))
+        return ActualRoutes(ours, tuple(strays), frozenset(foreign))
+
+    def apply(self, plan: RoutePlan) -> AppliedRoutes:
+        self.writes += len(plan)
+        failures: list[RouteFailure] = []
+        added = removed = 0
+        for step, steps in (("add", plan.add), ("replace", plan.replace)):
+            for prefix, route in steps:
+                number = self._write(prefix, route, exclusive=step == "add")
+                if number:
+                    failures.append(RouteFailure(step, prefix, route.gateway, NetlinkError(number)))
+                else:
+                    added += 1
+        for stray in (*(Stray(prefix, 0, "") for prefix in plan.delete), *plan.strays):
+            removed += self._remove(stray)
+        return AppliedRoutes(added, removed, tuple(failures))
+
+    def _write(self, prefix: Prefix, route: Route, *, exclusive: bool) -> int:
+        """The kernel replaces the first route of the same destination and metric, whatever its protocol."""
+        metric = METRIC[ipaddress.ip_network(prefix).version]
+        places = [
+            index for index, entry in enumerate(self._kernel.table) if (entry.prefix, entry.metric) == (prefix, metric)
+        ]
+        if places and exclusive:
+            return errno.EEXIST
+        if not self._kernel.reachable(route.gateway):
+            return errno.ENETUNREACH if ":" not in prefix else errno.EHOSTUNREACH
+        entry = TableEntry(prefix, metric, PROTOCOL, route.gateway)
+        if places:
+            self._kernel.table[places[0]] = entry
+        else:
+            self._kernel.table.append(entry)
+        return 0
+
+    def _remove(self, stray: Stray) -> int:
+        metric = stray.metric or METRIC[ipaddress.ip_network(stray.prefix).version]
+        for entry in self._kernel.table:
+            same = (entry.prefix, entry.metric, entry.protocol) == (stray.prefix, metric, PROTOCOL)
+            if same and stray.gateway in ("", entry.gateway):
+                self._kernel.table.remove(entry)
+                return 1
+        return 0
+
+
+class FakeSets:
+    """`SetDriver` on a `FakeKernel`."""
+
+    def __init__(self, kernel: FakeKernel) -> None:
+        self._kernel = kernel
+        self.writes = 0
+
+    def _own(self, spec: SetSpec) -> set[str] | None:
+        if spec.name not in self._kernel.sets:
+            return None
+        present, members = self._kernel.sets[spec.name]
+        if (present.type, present.family) != (spec.type, spec.family):
+            raise SetError(f"ipset {spec.name}: exists as {present.type}, but must be {spec.type}")
+        return members
+
+    def observe(self, spec: SetSpec) -> Members | None:
+        members = self._own(spec)
+        return None if members is None else Members.of(spec.family, members)
+
+    def count(self, spec: SetSpec) -> int | None:
+        members = self._own(spec)
+        return None if members is None else len(members)
+
+    def apply(self, plan: SetPlan) -> None:
+        self.writes += len(plan)
+        name = plan.spec.name
+        if plan.create:
+            if name in self._kernel.sets:
+                raise SetError(f"ipset {name}: create: File exists")
+            self._kernel.sets[name] = (plan.spec, set())
+        if name not in self._kernel.sets:
+            raise SetError(f"ipset {name}: add: No such file or directory")
+        spec, members = self._kernel.sets[name]
+        for member in plan.add.texts():
+            if len(members) >= spec.max_members and member not in members:
+                raise SetError(f"ipset {name}: add: it is full")
+            members.add(member)
+        members.difference_update(plan.delete.texts())
+
+    def destroy(self, spec: SetSpec) -> bool:
+        if self._own(spec) is None:
+            return False
+        if self._kernel.refers(spec.name):
+            raise SetError(f"ipset {spec.name}: destroy: something still refers to it")
+        del self._kernel.sets[spec.name]
+        return True
+
+
+class FakeRules:
+    """`RuleDriver` on a `FakeKernel`."""
+
+    def __init__(self, kernel: FakeKernel, *, version: tuple[int, ...] = (1, 8, 9)) -> None:
+        self._kernel = kernel
+        self.programs = Programs("nft", "-nft", version)
+        self.writes = 0
+
+    def observe(self, family: Family, table: str, chain: str) -> tuple[RuleText, ...]:
+        return tuple(self._kernel.chain(family, table, chain))
+
+    def apply(self, plan: RulePlan) -> None:
+        """All or nothing: works on copies and puts them in place at the end."""
+        copies: dict[str, list[RuleText]] = {}
+        for step in plan.steps:
+            try:
+                rules = copies.setdefault(step.chain, list(self._kernel.chain(plan.family, plan.table, step.chain)))
+            except KeyError:
+                raise IptablesError(f"restore: no chain {step.chain}") from None
+            if step.verb != "delete":
+                for name in re.findall(r"--match-set (\S+) ", step.rule):
+                    if name not in self._kernel.sets:
+                        raise IptablesError(f"restore: set {name} does not exist")
+            if step.verb == "append":
+                rules.append(step.rule)
+            elif step.verb == "insert" and 1 <= step.position <= len(rules) + 1:
+                rules.insert(step.position - 1, step.rule)
+            elif step.verb == "delete" and step.rule in rules:
+                rules.remove(step.rule)
+            else:
+                raise IptablesError(f"restore: {step} cannot be done")
+        for chain, rules in copies.items():
+            self._kernel.chain(plan.family, plan.table, chain)[:] = rules
+        self.writes += len(plan.steps)
