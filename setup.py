@@ -8,9 +8,9 @@ would replace them by generated C and drop them from the source distribution.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_py import build_py
 
 FOLDERS = ("_fast", "ipc", "supervisor", "workers")
@@ -54,6 +54,22 @@ class BuildPyWithProtos(build_py):
         return [*super().get_outputs(include_bytecode), *map(str, getattr(self, "_generated", []))]
 
 
+class GenerateProtos(Command):
+    """``setup.py protos``: the protobuf modules in the source tree, for linters and type checkers."""
+
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
+
+    def initialize_options(self) -> None:
+        """Nothing to set."""
+
+    def finalize_options(self) -> None:
+        """Nothing to check."""
+
+    def run(self) -> None:
+        """Generate them."""
+        compile_protos(PROTO_FOLDER)
+
+
 def extensions() -> list[Extension]:
     """One extension for each Cython module of ``_fast``."""
     return [
@@ -72,7 +88,7 @@ OPTIONS: dict[str, Any] = {
     },
     "include_package_data": False,
     "ext_modules": extensions(),
-    "cmdclass": {"build_py": BuildPyWithProtos},
+    "cmdclass": {"build_py": BuildPyWithProtos, "protos": GenerateProtos},
     "zip_safe": False,
 }
 
