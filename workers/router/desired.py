@@ -51,6 +51,9 @@ def desired_bgp(
     """``nodes`` are the facts of all nodes, the own one included; ``actual`` is what gobgpd has."""
     problems: list[Problem] = []
     own = with_last_good(own, actual, settings.families, problems)
+    if own.primary is None:
+        text = f"node {own.name}: has no address; {_goes_on(actual)}"
+        return DesiredBgp(actual, (*problems, Problem("MissingNodeAddress", text)))
     speaker = _speaker(own_node, own, settings, actual, problems)
     asn = speaker.asn if speaker is not None else 0
     externals = external_peers(settings, secrets, own.name, own_node.annotations)
@@ -58,8 +61,6 @@ def desired_bgp(
     external = dict(_external(own, externals, settings, actual, problems))
     internal = dict(_internal(own, nodes, asn, settings, problems)) if settings.enable_ibgp and speaker else {}
     internal = {address: neighbor for address, neighbor in internal.items() if address not in external}
-    if own.primary is None:
-        problems.append(Problem("MissingNodeAddress", f"node {own.name}: has no address; BGP stays as it is"))
     state = BgpState(
         speaker=speaker,
         policies=desired_policies(

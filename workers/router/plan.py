@@ -2,8 +2,8 @@
 
 Pure: two states in, a `Plan` out; the same state twice gives an empty plan. Passwords never show in a plan's text.
 
-The order keeps routes closed rather than open when a step fails: start (exports closed) → policies → paths → peers
-that go → peers that come. A path or a peer is never let in before the policies that hold for it.
+The order keeps routes closed rather than open when a step fails: start (exports closed) → peers that go → policies →
+paths → peers that come. A path or a peer is never there without the policies that hold for it.
 """
 
 from __future__ import annotations
@@ -211,6 +211,9 @@ def kept(actual: BgpState, desired: BgpState) -> BgpState:
 
 
 def _changes(actual: BgpState, desired: BgpState) -> Iterator[Step]:
+    for address, neighbor in sorted(actual.neighbors.items()):
+        if address not in desired.neighbors:
+            yield RemoveNeighbor(neighbor)
     if actual.policies != desired.policies:
         yield SetPolicies(desired.policies)
     if actual.import_ != desired.import_:
@@ -228,9 +231,6 @@ def _changes(actual: BgpState, desired: BgpState) -> Iterator[Step]:
 
 
 def _neighbor_changes(actual: BgpState, desired: BgpState) -> Iterator[Step]:
-    for address, neighbor in sorted(actual.neighbors.items()):
-        if address not in desired.neighbors:
-            yield RemoveNeighbor(neighbor)
     for address, neighbor in sorted(desired.neighbors.items()):
         running = actual.neighbors.get(address)
         if running is None:

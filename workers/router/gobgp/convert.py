@@ -125,13 +125,13 @@ def neighbor_of(peer: Any) -> Neighbor:
 
 
 def session_of(peer: Any, own_asn: int) -> Session:
-    """How a session stands. The ASN is the configured one, or what the peer said where any is taken."""
-    asn = peer.conf.peer_asn or peer.state.peer_asn
+    """How a session stands. Where any AS number is taken, it is the peer's once it has told it, and ours before."""
+    asn = peer.conf.peer_asn or peer.state.peer_asn or own_asn
     state = peer.state.session_state
     return Session(
         address=_address(peer.conf.neighbor_address or peer.state.neighbor_address),
         asn=asn,
-        type="internal" if asn in (0, own_asn) else "external",
+        type="internal" if peer.conf.peer_asn in (0, own_asn) else "external",
         state=SESSION_STATES[state] if state < len(SESSION_STATES) else SESSION_STATES[0],
         received=sum(entry.state.received for entry in peer.afi_safis),
         accepted=sum(entry.state.accepted for entry in peer.afi_safis),

@@ -1,0 +1,172 @@
+"""Plans: order, smallness, what they say, and what a changed policy makes necessary."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.bgp import asking, node
+
+from kube_router.workers.router.bgpstate import FRESH, OPEN, BgpState
+from kube_router.workers.router.plan import (
+    AddNeighbor,
+    AddPath,
+    Assign,
+    JudgeAgain,
+    Plan,
+    Readvertise,
+    RemoveNeighbor,
+    RemovePath,
+    ReplaceDaemon,
+    ReplaceNeighbor,
+    SendAgain,
+    SetPolicies,
+    StartSpeaker,
+    diff,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "router"
+A = node("a", ["10.0.0.1", "2001:db8::1"], ["10.244.1.0/24", "fd00:1::/64"])
+B = node("b", ["10.0.0.2", "2001:db8::2"], ["10.244.2.0/24", "fd00:2::/64"])
+C = node("c", ["10.0.0.3"], ["10.244.3.0/24"])
+EXTERNAL = {"peer_router_ips": ("10.0.1.1",), "peer_router_asns": (65000,), "passwords": ("geheim",)}
+
+
+def kinds(plan: Plan) -> list[str]:
+    return [type(step).__name__ for step in plan.steps]
+
+
+def run(state: BgpState, plan: Plan) -> BgpState:
+    """What a daemon holds after a plan."""
+    for step in plan.steps:
+        match step:
+            case StartSpeaker(speaker):
+                state = replace(FRESH, speaker=speaker)
+            case ReplaceDaemon():
+                state = FRESH
+            case SetPolicies(policies):
+                state = replace(state, policies=policies)
+            case Assign("export", assignment):
+                state = replace(state, export=assignment)
+            case Assign(_, assignment):
+                state = replace(state, import_=assignment)
+            case AddPath(prefix, next_hop) | Readvertise(prefix, next_hop):
+                state = replace(state, paths={**state.paths, prefix: next_hop})
+            case RemovePath(prefix, _):
+                state = replace(state, paths={key: hop for key, hop in state.paths.items() if key != prefix})
+            case RemoveNeighbor(neighbor):
+                others = {key: item for key, item in state.neighbors.items() if key != neighbor.address}
+                state = replace(state, neighbors=others)
+            case AddNeighbor(neighbor) | ReplaceNeighbor(_, neighbor):
+                state = replace(state, neighbors={**state.neighbors, neighbor.address: neighbor})
+    return state
+
+
+STATES = {
+    "alone": asking(A).state,
+    "two": asking(A, B).state,
+    "three": asking(A, B, C).state,
+    "external": asking(A, B, **EXTERNAL).state,
+    "hidden": asking(A, B, advertise_pod_cidr=False, **EXTERNAL).state,
+    "no ibgp": asking(A, B, enable_ibgp=False, **EXTERNAL).state,
+    "other cidr": asking(node("a", ["10.0.0.1", "2001:db8::1"], ["10.244.9.0/24", "fd00:9::/64"]), B).state,
+    "one family": asking(node("a", ["10.0.0.1"], ["10.244.1.0/24"]), B, enable_ipv6=False).state,
+    "other asn": asking(A, B, cluster_asn=65001).state,
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_the_same_state_twice_is_an_empty_plan(name: str) -> None:
+    assert diff(STATES[name], STATES[name]) == Plan()
+    assert diff(STATES[name], STATES[name], keep=True) == Plan()
+    assert str(Plan()).strip() == "0 nothing to do"
+
+
+@pytest.mark.parametrize(("before", "after"), list(itertools.permutations(["fresh", *STATES], 2)))
+def test_a_plan_ends_at_what_was_wanted(before: str, after: str) -> None:
+    if after == "fresh":
+        return
+    state = FRESH if before == "fresh" else STATES[before]
+    for _ in range(2):  # a replaced daemon begins anew
+        state = run(state, diff(state, STATES[after]))
+    assert state == STATES[after]
+
+
+@pytest.mark.parametrize(("before", "after"), list(itertools.permutations(STATES, 2)))
+def test_keeping_takes_nothing_away(before: str, after: str) -> None:
+    plan = diff(STATES[before], STATES[after], keep=True)
+    assert not {"RemovePath", "RemoveNeighbor", "ReplaceDaemon", "Readvertise"} & set(kinds(plan))
+    ended = run(STATES[before], plan)
+    assert ended.speaker == STATES[before].speaker
+    assert ended.paths.items() >= {**STATES[before].paths, **STATES[after].paths}.items()
+    assert ended.neighbors.keys() == STATES[before].neighbors.keys() | STATES[after].neighbors.keys()
+
+
+def test_a_fresh_start_is_closed_before_it_has_peers() -> None:
+    steps = kinds(diff(FRESH, STATES["external"]))
+    expected = ["StartSpeaker", "SetPolicies", "Assign", "Assign", "AddPath", "AddPath", "AddNeighbor", "AddNeighbor"]
+    assert steps == expected
+
+
+def test_a_new_node_touches_no_running_session() -> None:
+    plan = diff(STATES["two"], STATES["three"])
+    assert kinds(plan) == ["SetPolicies", "AddNeighbor"]
+
+
+def test_a_node_that_goes_loses_its_session_only() -> None:
+    assert kinds(diff(STATES["three"], STATES["two"])) == ["RemoveNeighbor", "SetPolicies"]
+
+
+def test_a_changed_cidr_is_allowed_before_it_is_announced() -> None:
+    steps = kinds(diff(STATES["two"], STATES["other cidr"]))
+    assert steps == ["SetPolicies", "AddPath", "AddPath", "RemovePath", "RemovePath"]
+
+
+def test_a_changed_speaker_is_one_step() -> None:
+    (step,) = diff(STATES["two"], STATES["other asn"]).steps
+    assert isinstance(step, ReplaceDaemon)
+    assert "AS 64512" in str(step) and "AS 65001" in str(step)
+
+
+def test_without_a_known_speaker_nothing_is_started() -> None:
+    assert diff(FRESH, replace(STATES["two"], speaker=None)) == Plan()
+
+
+def test_a_tighter_export_policy_withdraws_and_a_wider_one_sends() -> None:
+    tighter = diff(STATES["external"], STATES["hidden"])
+    assert [step.prefix for step in tighter.steps if isinstance(step, Readvertise)] == ["10.244.1.0/24", "fd00:1::/64"]
+    wider = diff(STATES["hidden"], STATES["external"])
+    assert [step.address for step in wider.steps if isinstance(step, SendAgain)] == ["10.0.1.1"]
+    assert not any(isinstance(step, Readvertise) for step in wider.steps)
+
+
+def test_imports_are_judged_again_when_they_were_open() -> None:
+    opened = replace(STATES["two"], import_=OPEN)
+    assert [step for step in diff(opened, STATES["two"]).steps if isinstance(step, JudgeAgain)] == [
+        JudgeAgain("10.0.0.2")
+    ]
+
+
+def test_only_a_peer_that_differs_is_replaced_and_the_plan_says_why() -> None:
+    changed = asking(A, B, **{**EXTERNAL, "bgp_holdtime": 30.0, "passwords": ("anders",)}).state
+    (step,) = diff(STATES["external"], changed).steps
+    assert isinstance(step, ReplaceNeighbor)
+    assert str(step) == "replace peer 10.0.1.1: hold_seconds 90 -> 30; password changed"
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("fresh-start", "fresh", "external"),
+        ("node-added", "two", "three"),
+        ("cidr-changed", "two", "other cidr"),
+        ("export-tightened", "external", "hidden"),
+        ("cleared", "external", "alone"),
+    ],
+)
+def test_plans_read_as_recorded(name: str, before: str, after: str) -> None:
+    text = str(diff(FRESH if before == "fresh" else STATES[before], STATES[after])) + "\n"
+    assert text == (GOLDEN / f"{name}.txt").read_text()
+    assert "geheim" not in text
