@@ -80,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             hosts.append(host)
     try:
-        help_text = subprocess.run([options.binary, "--help"], check=False, capture_output=True, text=True, timeout=10).stdout
-        os.execvp(options.binary, speaker_arguments(options.binary, hosts, options.log_level, help_text))
+        shown = subprocess.run([options.binary, "--help"], check=False, capture_output=True, text=True, timeout=10)
+        os.execvp(options.binary, speaker_arguments(options.binary, hosts, options.log_level, shown.stdout))
     except FileNotFoundError:
         tell("error", f"{options.binary}: no such program on PATH: BGP needs gobgpd to be installed")
     except OSError as error:

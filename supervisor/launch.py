@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 LONGEST_RUN_DIR = 80
 """Bytes: a unix socket's path has 107, and supervisord first binds ``/supervisord.sock.<pid>`` there."""
 LOCK_DESCRIPTOR = 3
-"""supervisord keeps descriptors below 5 when it reloads, and closes 3 and above in its children: the lock is its own."""
+"""supervisord keeps descriptors below 5 when it reloads, and closes 3 and above in its children."""
 CAPABILITIES = {
     6: "setgid",
     7: "setuid",

@@ -17,6 +17,7 @@ it. Reaping, starting anew and each step of stopping would wait for that. The li
 from __future__ import annotations
 
 import codecs
+import contextlib
 import errno
 import json
 import os
@@ -102,7 +103,7 @@ def is_record(line: str, as_json: bool) -> bool:
 
 
 def foreign_message(program: str, line: str) -> Told:
-    """A line of a program that does not log as we do (gobgpd: JSON of two kinds), or a crash message of one that does."""
+    """A line of a program that does not log as we do (gobgpd: JSON), or a crash message of one that does."""
     level, message = "INFO" if program == "gobgpd" else "ERROR", line
     if line.startswith("{"):
         try:
@@ -296,7 +297,7 @@ class SupervisorLog:
 
 
 def start_program(socket_path: str, name: str) -> None:
-    """Ask supervisord to start a program (XML-RPC ``supervisor.startProcess`` over its unix socket), without waiting."""
+    """Ask supervisord to start a program, without waiting: XML-RPC ``supervisor.startProcess`` over its socket."""
     import socket  # only when something has failed
 
     body = (
@@ -353,7 +354,7 @@ class Listener:
         self._save()
 
     def _save(self) -> None:
-        """Write ``processes.json`` by rename. The folder is open to unprivileged workers: nothing of theirs is followed."""
+        """Write ``processes.json`` by rename; unprivileged workers may write to the folder: no link is followed."""
         text = json.dumps(
             {
                 "supervisord": self._supervisord,
@@ -467,10 +468,8 @@ class Listener:
     def _signal(self, number: int) -> None:
         for process in self._record.processes.values():
             if process.name not in UNTOLD and process.pid and process.state in ("STARTING", "RUNNING", "STOPPING"):
-                try:
+                with contextlib.suppress(OSError):
                     os.kill(process.pid, number)
-                except OSError:
-                    pass
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
@@ -555,10 +554,8 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, end)
     listener = Listener(run_dir, log_format == "json", names)
     try:
-        try:
+        with contextlib.suppress(Ending):
             listener.run()
-        except Ending:
-            pass
         listener.finish()
     except Exception as error:  # supervisord starts us again at once: not in a tight circle
         sys.stderr.write(f"listener: {type(error).__name__}: {error}\n")
