@@ -97,7 +97,7 @@ class Lab:
             self.namespaces.command(node, command),
             text=True,
             capture_output=True,
-            cwd=self.run_dir(node),
+            cwd=self.run_dir(node) if self.run_dir(node).exists() else self.folder,
             env=self.environment(node),
         )
 

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "deploy"))
-
 from lab import demo, network
 from lab.cluster import CNI_PLUGIN_DIRS, Lab, wait_until
 from lab.topology import NODES
 from support.gotools import tools_dir
-
-FLAVOURS = {"debian": None, "current": "current"}
 
 
 @pytest.fixture(scope="module", params=["debian", "current"])
@@ -26,8 +19,11 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     Once with Debian's gobgpd 3.10 and CNI plugins, once with the current gobgpd 4 and plugins.
     """
     current = request.param == "current"
-    plugin_dirs = (tools_dir(),) if current else CNI_PLUGIN_DIRS
-    made = Lab(f"e2e{os.getpid()}{request.param[0]}", gobgpd_dir=tools_dir() if current else None, plugin_dirs=plugin_dirs)
+    made = Lab(
+        f"e2e{os.getpid()}{request.param[0]}",
+        gobgpd_dir=tools_dir() if current else None,
+        plugin_dirs=(tools_dir(),) if current else CNI_PLUGIN_DIRS,
+    )
     try:
         made.up(lambda text: None)
         for node in NODES:

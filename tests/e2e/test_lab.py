@@ -15,38 +15,7 @@ from lab import demo, network
 from lab.cluster import Lab, wait_until
 from lab.pings import SteadyPing, matrix
 from lab.topology import EXTERNAL_HOSTS, NODES, node_manifest
-
-NODE1 = NODES[0]
-
-
-def output(lab: Lab, node: str, *command: str) -> str:
-    """Output of a command on a node; it must succeed."""
-    done = lab.on(node, command)
-    assert done.returncode == 0, f"{command}: {done.stderr}"
-    return done.stdout
-
-
-def pod_routes(lab: Lab, node: str) -> set[str]:
-    """The node's kernel routes of protocol 17, both families, one line each without volatile parts."""
-    lines = output(lab, node, "ip", "route", "show", "proto", "17") + output(lab, node, "ip", "-6", "route", "show", "proto", "17")
-    return {" ".join(line.split()) for line in lines.splitlines()}
-
-
-def dataplane(lab: Lab, node: str) -> dict[str, str]:
-    """Everything in a node's kernel that the agent makes, as text without counters."""
-    return {
-        "routes": "\n".join(sorted(pod_routes(lab, node))),
-        "iptables": _rules(output(lab, node, "iptables-save")),
-        "ip6tables": _rules(output(lab, node, "ip6tables-save")),
-        "ipset": "\n".join(sorted(line for line in output(lab, node, "ipset", "save").splitlines())),
-        "links": output(lab, node, "ip", "-br", "link"),
-        "conflist": lab.conf_file(node).read_text(),
-    }
-
-
-def _rules(text: str) -> str:
-    return "\n".join(line for line in text.splitlines() if line.startswith("-A"))
-
+from support.labstate import dataplane, output, pod_routes, rules
 
 def pid_of(lab: Lab, node: str, worker: str) -> int:
     return int(demo.workers_of(lab.status(node))[worker]["pid"])  # type: ignore[call-overload]
@@ -268,6 +237,6 @@ def test_cleanup_config_removes_what_the_agent_made_and_nothing_else(lab: Lab) -
     assert pod_routes(lab, "node3") == set()
     assert "kube-router" not in output(lab, "node3", "ipset", "save")
     assert "foreign" in output(lab, "node3", "ipset", "save")
-    assert _rules(output(lab, "node3", "iptables-save")) == "-A FORWARD -s 192.0.2.1/32 -j ACCEPT"
-    assert _rules(output(lab, "node3", "ip6tables-save")) == ""
+    assert rules(output(lab, "node3", "iptables-save")) == "-A FORWARD -s 192.0.2.1/32 -j ACCEPT"
+    assert rules(output(lab, "node3", "ip6tables-save")) == ""
     assert "192.0.2.0/24" in output(lab, "node3", "ip", "route")
