@@ -195,7 +195,8 @@ def _edit_ranges(ipam: JsonObject, where: str, change: RangeChange) -> tuple[IPN
         kept = {each.version for each in _networks(ranges) if each in change.owned and each not in change.wanted}
     for position, network in enumerate(change.wanted):
         if network not in _networks(ranges) and network.version not in kept:
-            _insert(ranges, network, change.wanted[position + 1 :])
+            later = {each for each in change.owned if each.version > network.version}
+            _insert(ranges, network, later.union(change.wanted[position + 1 :]))
     for range_set in ranges:
         for entry in range_set:
             network_or_none = subnet_of(entry)
@@ -254,8 +255,8 @@ def _replace_unwanted(ranges: list[list[JsonObject]], change: RangeChange) -> No
                 range_set[_place(range_set, entry, place)] = {"subnet": str(successor)}
 
 
-def _insert(ranges: list[list[JsonObject]], network: IPNetwork, later: Sequence[IPNetwork]) -> None:
-    """Add a range set of its own: before the first of our ranges that comes later in the wanted order, else last."""
+def _insert(ranges: list[list[JsonObject]], network: IPNetwork, later: set[IPNetwork]) -> None:
+    """Add a range set of its own: before the first of our ranges that comes ``later`` in order, else last."""
     for number, range_set in enumerate(ranges):
         if any(subnet_of(entry) in later for entry in range_set):
             ranges.insert(number, [{"subnet": str(network)}])

@@ -235,8 +235,12 @@ def _plan_conf(actual: ActualConf | None, desired: DesiredConf | None, bridge: A
             recorded = interim
         summary = f"ranges {', '.join(map(str, edited.present)) or 'none'}; mtu {edited.mtu or 'not set'}"
         steps.append(WriteConf(desired.path, edited.text, summary))
-    final = _ordered(claim.intersection(edited.present))
-    steps += _plan_gateways(claim.difference(final), bridge)
+    remembered = claim.intersection(edited.present)
+    if desired.removable:
+        steps += _plan_gateways(claim.difference(remembered, desired.ranges), bridge)
+    else:  # what is recorded and not in the file may still have a gateway: not forgotten before that can be removed
+        remembered.update(actual.recorded or ())
+    final = _ordered(remembered)
     if final != recorded:
         steps.append(RecordRanges(desired.path, final))
     return Plan(steps=tuple(steps), warnings=tuple(f"{desired.path}: {warning}" for warning in edited.warnings))
