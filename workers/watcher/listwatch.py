@@ -46,8 +46,11 @@ MAX_LINE_BYTES = 32 << 20
 READ_BYTES = 256 << 10
 PAGE_LIMITS = (500, 2000, 8000, 0)
 """Objects a page; when a continue token expires before the list is through, the next try takes bigger pages."""
-NOT_OFFERED = (400, 404, 405, 415, 422)
-"""How servers refuse a streaming list."""
+IN_VAIN_SECONDS = 1.0
+"""A watch that lasted no longer and said nothing was of no use; a quiet one lasts minutes."""
+PASSING = (401, 403, 410, 429, 503, 504)
+"""Statuses that say nothing about streaming lists; with any other one the server refuses them (422 where the feature is
+off, 400 where it is unknown, an error of 500 within the watch where its etcd is older than 3.4.31 or 3.5.13)."""
 
 BOOKMARK = msgspec.json.Decoder(WatchEvent[Bookmark])
 ERROR = msgspec.json.Decoder(ErrorEvent)
@@ -87,7 +90,7 @@ class KindWatcher:
         self._version = ""
         self._streaming = self._tuning.streaming
         self._troubled = False
-        self._suspect = False  # the last watch opened and came to nothing: the next must do more than open
+        self._suspect = False  # the last watch came to nothing: that the next one opens is not enough to be glad
         self._response: Response | None = None
         self._response_lock = threading.Lock()
 
@@ -229,7 +232,7 @@ class KindWatcher:
         try:
             self._watch(query, initial={})
         except ApiError as error:
-            if self._version or not (error.silent or error.status in NOT_OFFERED):
+            if self._version or not (error.silent or (error.status and error.status not in PASSING)):
                 raise
             log.info("%s: no streaming list (%s): listing in pages", self._resource.kind, error)
             self._streaming = False
@@ -243,31 +246,36 @@ class KindWatcher:
             "allowWatchBookmarks": "true",
             "timeoutSeconds": str(self._tuning.shortest_watch + int(self._jitter() * span)),
         }
-        began, lines = time.monotonic(), 0
+        began, lines, doubted = time.monotonic(), 0, self._suspect
+        trouble: ApiError | None = None
         try:
             with self._opened(f"watch {self._resource.kind}", query, self._tuning.idle) as response:
-                if initial is None and not self._suspect:
+                if initial is None and not doubted:
                     self._progress()
                     self._feed.put(Alive(self._resource.kind))
-                self._suspect = True
                 for batch in self._batches(response):
                     initial = self._take(batch, initial)
                     lines += len(batch)
                     if initial is None:
-                        self._suspect = False
                         self._relist.succeeded()
                         self._progress()
         except ApiError as error:
             if error.expired or error.status is not None or initial is not None:
                 raise
-            if not lines and not error.silent:
-                raise
-            log.info("watch %s: %s: going on from version %s", self._resource.kind, error, self._version)
-            self._feed.pause(self._tuning.backoff_first * self._jitter())
-        else:
-            if not lines and time.monotonic() - began < 1.0:
-                raise ApiError(f"{self._server.name}: watch {self._resource.kind}: ended at once, without a word")
-        self._suspect = False
+            trouble = error
+        brief = time.monotonic() - began < IN_VAIN_SECONDS and not (trouble and trouble.silent)
+        self._after_watch(trouble, in_vain=brief and not lines, doubted=doubted)
+
+    def _after_watch(self, trouble: ApiError | None, *, in_vain: bool, doubted: bool) -> None:
+        """A watch has ended or broken off: go on from its last version, unless it was the second in vain."""
+        self._suspect = in_vain
+        if trouble is None and not in_vain:
+            return
+        trouble = trouble or ApiError(f"{self._server.name}: watch {self._resource.kind}: ended at once without a word")
+        if in_vain and doubted:
+            raise trouble
+        log.info("watch %s: %s: going on from version %s", self._resource.kind, trouble, self._version)
+        self._feed.pause(self._tuning.backoff_first * self._jitter())
 
     def _batches(self, response: Response) -> Iterator[list[bytes]]:
         """Whole lines as they come, those of one read together."""
