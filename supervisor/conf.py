@@ -2,10 +2,10 @@
 
 Pure: what the machine is like comes in as `Facts`; the same input gives the same text, which a golden test holds.
 
-Each program starts through util-linux ``setpriv``: it gets the user and the capabilities of the table in ``programs``,
-as far as the agent has them to give, ``no_new_privs``, and a signal for the death of supervisord
-(``PR_SET_PDEATHSIG``), so that nothing outlives it unsupervised. Its working directory is the run directory's ``ipc`` folder, in which all
-sockets have short relative names.
+Each program starts through util-linux ``setpriv``: it gets the user and the capabilities of the table in
+``programs``, as far as the agent has them to give, ``no_new_privs``, and a signal for the death of supervisord
+(``PR_SET_PDEATHSIG``), so that nothing outlives it unsupervised. Its working directory is the run directory's ``ipc``
+folder, in which all sockets have short relative names.
 
 gobgpd is stopped by TERM, upon which it tells its peers that it goes; with graceful restart by KILL, as any
 notification would make the peers drop the routes that they are meant to keep.

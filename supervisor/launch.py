@@ -134,8 +134,9 @@ def gather_facts(settings: Settings, programs: Sequence[Program]) -> Facts:
             for program in programs
             if program.user != ROOT and (path := readable.first_closed(program, settings, gobgpd))
         }
-    for name, path in closed.items():
-        log.info("%s runs as root without capabilities it has no need of: %s is closed to other users", name, path)
+    for path in dict.fromkeys(closed.values()):
+        names = ", ".join(name for name, its_path in closed.items() if its_path == path)
+        log.info("as root, with no more than the capabilities needed: %s: %s is closed to other users", names, path)
     return Facts(
         python=sys.executable,
         setpriv=setpriv,

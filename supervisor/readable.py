@@ -24,7 +24,7 @@ MOST_MANIFESTS = 1000
 
 def first_closed(program: Program, settings: Settings, gobgpd: str) -> str | None:
     """The first path that keeps ``program`` from running as its own user; None if nothing does."""
-    wanted = [sys.executable, *code_paths()]
+    wanted = [os.path.realpath(sys.executable), *code_paths()]
     if program.name == "gobgpd":
         wanted.append(gobgpd)
     if program.name == "watcher":
@@ -95,5 +95,6 @@ def first_unreadable(user: int, paths: Iterable[str]) -> str | None:
 
 
 def _open_to_me(path: str) -> bool:
-    needed = os.R_OK | os.X_OK if os.path.isdir(path) or path == sys.executable else os.R_OK
+    executable = os.path.isdir(path) or path == os.path.realpath(sys.executable)
+    needed = os.R_OK | os.X_OK if executable else os.R_OK
     return os.access(path, needed)

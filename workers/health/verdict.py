@@ -135,8 +135,10 @@ class Board:
             if source.stale:
                 lines.append(f"{source.source}: not confirmed: the state is that of the last snapshot on disk")
             lines += [f"{source.source}: {text}" for text in source.degraded]
-        for worker in self._workers.values():
-            lines += [f"{worker.beat.worker}: {warning}" for warning in worker.beat.warnings]
+        for name, worker in self._workers.items():
+            if worker.synced is None:
+                lines.append(f"{name}: waits for the first complete state of the cluster")
+            lines += [f"{name}: {warning}" for warning in worker.beat.warnings]
         return list(dict.fromkeys(lines))
 
     @property

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from kube_router.ipc.channels import HeartbeatReceiver, Poller, StatusServer
+from kube_router.ipc.channels import HeartbeatReceiver, Pollable, Poller, StatusServer
 from kube_router.ipc.messages import Heartbeat, StatusReply
 from kube_router.workers.health.exposition import CONTENT_TYPE, Histograms, render_metrics
 from kube_router.workers.health.http import Listening, Page, Server
@@ -66,7 +66,7 @@ class HealthWorker:
         """Wait for something to come, for at most a second, and deal with it."""
         now = time.monotonic()
         timeout = max(0.0, min(self._server.wait(now), self._judge_at - now))
-        items = [self._heartbeats, self._status, self.wake, *self._server.descriptors()]
+        items: list[Pollable] = [self._heartbeats, self._status, self.wake, *self._server.descriptors()]
         ready = Poller.wait(items, timeout)
         now = time.monotonic()
         for beat in self._heartbeats.receive():

@@ -1,0 +1,77 @@
+"""The command ``kube-routerctl``: look at a running agent from the same host (or inside of its container).
+
+Touches the agent's sockets, for reading only. Exit codes: 0 healthy, 1 not healthy, 2 the agent cannot be reached or
+the command line is wrong. Each subcommand is a function that `add_…` hangs into the parser; later ones join there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from kube_router.supervisor import status
+from kube_router.workers.settings import Settings
+
+HEALTHY, UNHEALTHY, UNREACHABLE = 0, 1, 2
+PROGRAM = "kube-routerctl"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``kube-routerctl`` with ``arguments`` (those of the process by default) and return its exit status."""
+    options = make_parser().parse_args(arguments)
+    run = options.run
+    try:
+        return int(run(options))
+    except BrokenPipeError:  # ``| head``
+        sys.stderr.close()
+        return UNREACHABLE
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The grammar of the command line."""
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="Look at a running kube-router agent.")
+    parser.add_argument(
+        "--run-dir",
+        default=Settings().run_dir,
+        metavar="DIR",
+        help="the agent's --run-dir (default %(default)s)",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_status(commands)
+    return parser
+
+
+def add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """``status``: workers, source, sessions, routes, warnings."""
+    parser = commands.add_parser(
+        "status",
+        help="how the agent stands: workers, source of state, BGP sessions, routes, warnings",
+        description="How the agent stands. Exit status 0: healthy, 1: not healthy, 2: it cannot be reached.",
+    )
+    parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="(default %(default)s)")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=2.0,
+        metavar="SECONDS",
+        help="wait so long for the health worker (default %(default)g)",
+    )
+    parser.set_defaults(run=show_status)
+
+
+def show_status(options: argparse.Namespace) -> int:
+    """Print the status and return its exit code."""
+    try:
+        found = status.collect(options.run_dir, options.timeout)
+    except status.Unreachable as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return UNREACHABLE
+    print(json.dumps(found, indent=2) if options.output == "json" else status.render(found))
+    sys.stdout.flush()
+    return HEALTHY if found["healthy"] else UNHEALTHY
+
+
+if __name__ == "__main__":
+    sys.exit(main())
