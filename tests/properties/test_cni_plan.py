@@ -69,19 +69,19 @@ def subnets(actual: ActualCni) -> list[str]:
 
 def carried_out(actual: ActualCni, plan: Plan, steps: int) -> ActualCni:
     """The host after the first ``steps`` steps, as the drivers would leave it."""
-    assert actual.conf is not None and actual.bridge is not None
+    conf, bridge = actual.conf, actual.bridge
+    assert conf is not None and bridge is not None
     for step in plan.steps[:steps]:
         if isinstance(step, RecordRanges):
-            actual = replace(actual, conf=replace(actual.conf, recorded=step.ranges))
+            conf = replace(conf, recorded=step.ranges)
         elif isinstance(step, WriteConf):
-            actual = replace(actual, conf=replace(actual.conf, text=step.text))
+            conf = replace(conf, text=step.text)
         elif isinstance(step, RemoveGateway):
-            left = tuple(address for address in actual.bridge.addresses if address != step.address)
-            actual = replace(actual, bridge=replace(actual.bridge, addresses=left))
+            left = tuple(address for address in bridge.addresses if address != step.address)
+            bridge = replace(bridge, addresses=left)
         elif isinstance(step, SetBridgeMtu):
-            actual = replace(actual, bridge=replace(actual.bridge, mtu=step.mtu))
-        assert actual.conf is not None and actual.bridge is not None
-    return actual
+            bridge = replace(bridge, mtu=step.mtu)
+    return replace(actual, conf=conf, bridge=bridge)
 
 
 def after_a_pod(actual: ActualCni) -> ActualCni:

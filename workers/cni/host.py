@@ -170,7 +170,7 @@ class Host:
             case LoadModule(name):
                 reason = load_module(name)
                 if reason is not None:
-                    raise ModuleUnavailable(reason)
+                    raise ModuleUnavailable(reason.removeprefix(f"kernel module {name}: "))
             case WriteSysctl(path, value):
                 write_sysctl(path, value)
             case RecordRanges(conf, ranges):
