@@ -58,8 +58,8 @@ DELTA_QUEUE = 500
 """Deltas that wait for a slow worker on either side before they are dropped (and the worker asks for a snapshot)."""
 QUEUE = 100
 """Messages that wait on any other socket."""
-DRAIN = 2000
-"""Messages taken from a socket in one go: a flood must not keep a loop from its other work."""
+DRAIN, DRAIN_SECONDS = 2000, 0.1
+"""Messages taken from a socket in one go, and for how long: a flood must not keep a loop from its other work."""
 REQUESTS = 64
 """Snapshot requests answered in one go."""
 HEARTBEAT_BYTES = 1 << 20
@@ -159,8 +159,11 @@ class Channel:
         return True
 
     def _frames(self, most: int = DRAIN) -> Iterator[list[bytes]]:
-        """What is there to receive, at most ``most`` messages."""
+        """What is there to receive, at most ``most`` messages or for `DRAIN_SECONDS`."""
+        end = time.monotonic() + DRAIN_SECONDS
         for _ in range(most):
+            if time.monotonic() > end:
+                return
             try:
                 yield self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
