@@ -231,7 +231,7 @@ class ManifestSource:
 
     def _read(self, name: str) -> None:
         try:
-            with (self._directory / name).open("rb", opener=_open_without_blocking) as file:
+            with open(self._directory / name, "rb", opener=_open_without_blocking) as file:
                 data = file.read(MAX_FILE_BYTES + 1)
             self._catalogue.read(name, parse_manifest(data))
         except OSError as error:
