@@ -242,6 +242,7 @@ def test_half_a_surrogate_pair_in_a_file_with_other_letters_can_still_be_written
         ("{", False, "line 1 column 2: Expecting property name enclosed in double quotes"),
         ('{\n "a": 1,\n "b" 2}', False, "line 3 column 6: Expecting ':' delimiter"),
         ("\ufeff{}", False, "line 1 column 1: Unexpected UTF-8 BOM (decode using utf-8-sig)"),
+        ('{"a', False, "line 1 column 2: Unterminated string"),
         ("[]", False, "not a JSON object"),
         ('{"mtu": NaN}', False, "NaN is not JSON"),
         ('{"x": 1e999}', False, "the number 1e999 is too large"),

@@ -123,7 +123,8 @@ def parse(text: str) -> JsonObject:
             text, parse_float=_finite, parse_constant=_no_constant, object_pairs_hook=_without_duplicates
         )
     except json.JSONDecodeError as error:
-        raise NetconfError(error.msg, error.lineno, error.colno) from error
+        reason = error.msg.removesuffix(" at").removesuffix(" starting")  # the place stands in front here
+        raise NetconfError(reason, error.lineno, error.colno) from error
     except RecursionError as error:
         raise NetconfError("nested too deeply") from error
     except NetconfError:
