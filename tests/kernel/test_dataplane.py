@@ -75,8 +75,8 @@ def test_a_clean_node_gets_routes_sets_and_rules_of_both_families(node: Namespac
         pods, nodes = f"{prefix}kube-router-pod-subnets", f"{prefix}kube-router-node-ips"
         assert forward_chain(node, f"{program}-{backend}") == FORWARD
         assert node.run(f"{program}-{backend} -t nat -S POSTROUTING").splitlines()[1:] == [
-            f"-A POSTROUTING -m set --match-set {pods} src -m set ! --match-set {pods} dst -m set ! --match-set {nodes} "
-            "dst -j MASQUERADE --random-fully"
+            f"-A POSTROUTING -m set --match-set {pods} src -m set ! --match-set {pods} dst "
+            f"-m set ! --match-set {nodes} dst -j MASQUERADE --random-fully"
         ]
     sets = node.run("ipset save").splitlines()
     added = {line.removesuffix(" timeout 0") for line in sets if line.startswith("add")}
@@ -161,8 +161,9 @@ def test_foreign_state_survives_everything(node: Namespace, backend: str) -> Non
 
 def test_cleanup_takes_both_families_and_kinds_whatever_is_enabled(node: Namespace) -> None:
     RunningDataplane().reconcile()
-    other = "iptables-nft iptables-legacy ip6tables-nft ip6tables-legacy".split()
-    old = "-m set --match-set {0}kube-router-pod-subnets src -m set ! --match-set {0}kube-router-pod-subnets dst -j MASQUERADE"
+    other = ("iptables-nft", "iptables-legacy", "ip6tables-nft", "ip6tables-legacy")
+    pods = "--match-set {0}kube-router-pod-subnets"
+    old = f"-m set {pods} src -m set ! {pods} dst -j MASQUERADE"
     for program in other:
         node.run(f"{program} -t nat -A POSTROUTING " + old.format("inet6:" if "ip6" in program else ""))
         node.run(f"{program} -A FORWARD " + FORWARD[0].removeprefix("-A FORWARD "))
@@ -230,7 +231,7 @@ def test_the_churn_of_others_wakes_nobody(node: Namespace, backend: str) -> None
     node.run(
         "ip link add veth1 type veth peer name veth2; ip link set veth1 up; ip address add 192.168.7.1/24 dev veth1;"
         "ip route add 172.20.0.0/16 via 192.168.7.2; ip route del 172.20.0.0/16; ip link del veth1;"
-        "iptables-nft -N SOMEBODY; iptables-nft -A SOMEBODY -j ACCEPT; iptables-nft -F SOMEBODY; iptables-nft -X SOMEBODY;"
+        "iptables-nft -N OTHER; iptables-nft -A OTHER -j ACCEPT; iptables-nft -F OTHER; iptables-nft -X OTHER;"
         "ipset create theirs hash:ip; ipset add theirs 1.2.3.4; ipset destroy theirs"
     )
     assert not running.woken_within(1.2)
@@ -245,7 +246,7 @@ def test_a_foreign_route_in_the_place_of_ours_wins_and_is_told(node: Namespace) 
         "2 routes, first 10.244.2.0/24: not injected: the main table has another route in its place",
     )
     assert outcome.counts == {"host_routes_synced": 2, "host_routes_not_injected": 2}
-    assert node.run("ip route show 10.244.2.0/24").split() == "10.244.2.0/24 via 10.0.0.77 dev eth0 metric 50".split()
+    assert node.run("ip route show 10.244.2.0/24").strip() == "10.244.2.0/24 via 10.0.0.77 dev eth0 metric 50"
     node.run("ip route del 10.244.2.0/24")
     assert running.repair_until(lambda: "proto 17" in node.run("ip route show 10.244.2.0/24"), 1.0)
 
@@ -274,9 +275,8 @@ def test_a_foreign_replacement_of_our_route_is_noticed(node: Namespace) -> None:
 
 def test_sweep_at_start_removes_what_an_earlier_run_left(node: Namespace) -> None:
     node.run("ip route add 10.250.0.0/16 via 10.0.0.2 proto 17; ip -6 route add fd99::/64 via fd00::2 proto 17")
-    node.run(
-        "ip route add 10.244.2.0/24 via 10.0.0.2 proto 17 metric 9; ip -6 route add fd00:244:2::/64 proto 17 nexthop via fd00::2 nexthop via fd00::3"
-    )
+    node.run("ip route add 10.244.2.0/24 via 10.0.0.2 proto 17 metric 9")
+    node.run("ip -6 route add fd00:244:2::/64 proto 17 nexthop via fd00::2 nexthop via fd00::3")
     outcome = RunningDataplane().reconcile()
     assert outcome.failures == ()
     assert outcome.counters["host_routes_removed"] == 3

@@ -1,7 +1,7 @@
 """A kernel in memory: routes, sets and rules that obey the real one's rules, for tests without root.
 
-It refuses what the kernel refuses, with the same errors: a gateway on no connected subnet, a second route in one place, a
-rule that names a missing set, a set that a rule refers to. `tests/contract` holds it against the real kernel. It is
+It refuses what the kernel refuses, with the same errors: a gateway on no connected subnet, a second route in one place,
+a rule that names a missing set, a set that a rule refers to. `tests/contract` holds it against the real kernel. It is
 made of the drivers' interfaces, so a worker's code runs on it unaltered.
 """
 

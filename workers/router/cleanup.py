@@ -1,7 +1,8 @@
 """Removal of what the router put into the kernel: ``--cleanup-config``, and nothing but ours.
 
 Touches the kernel, through the drivers. Both families, whatever is enabled; both kinds of iptables, because the host
-may have changed its kind since. Rules go before the sets that they name. Every part fails alone.
+may have changed its kind since. In the reverse order of making: accepts, masquerading,
+sets. Every part fails alone.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ def _rules() -> list[Failure]:
     for driver in drivers:
         for family in Family:
             try:
-                driver.apply(plan_egress(family, driver.observe(family, *POSTROUTING), None))
-            except IptablesError as error:
-                failures.append(Failure("pod-egress", f"{family}: {error}"))
-            try:
                 driver.apply(plan_forward(family, driver.observe(family, *FORWARD), ()))
             except IptablesError as error:
                 failures.append(Failure("forward-rules", f"{family}: {error}"))
+            try:
+                driver.apply(plan_egress(family, driver.observe(family, *POSTROUTING), None))
+            except IptablesError as error:
+                failures.append(Failure("pod-egress", f"{family}: {error}"))
     return failures
 
 

@@ -124,16 +124,16 @@ class RuleSync:
         """(rules written, failures). ``without_sets``: families whose sets could not be made; no rule names them."""
         writes, failures = 0, []
         for family in families:
+            # Masquerading first: what the accepts let through must not leave with a pod's address.
+            try:
+                if not (egress and family in without_sets):
+                    writes += self.sync_egress(family, egress, observe=observe)
+            except IptablesError as error:
+                failures.append(Failure("pod-egress", f"{family}: {error}"))
             try:
                 writes += self.sync_forward(
                     family, node_interfaces.get(family, ""), observe=observe, hold_deletions=hold_deletions
                 )
             except IptablesError as error:
                 failures.append(Failure("forward-rules", f"{family}: {error}"))
-            if egress and family in without_sets:
-                continue
-            try:
-                writes += self.sync_egress(family, egress, observe=observe)
-            except IptablesError as error:
-                failures.append(Failure("pod-egress", f"{family}: {error}"))
         return writes, failures
