@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar, Protocol, TypeVar
 
+import msgspec
 import zmq
 
 from kube_router.ipc import codec
@@ -62,6 +63,8 @@ DRAIN, DRAIN_SECONDS = 2000, 0.1
 """Messages taken from a socket in one go, and for how long: a flood must not keep a loop from its other work."""
 REQUESTS = 64
 """Snapshot requests answered in one go."""
+NOTICE_LENGTH = 1024
+"""Characters of a notice's text: the bound of an Event's message (k8s.io/api events/v1)."""
 HEARTBEAT_BYTES = 1 << 20
 STATUS_BYTES = 16 << 20
 
@@ -192,6 +195,11 @@ def _admit_group(path: str) -> None:
         log.debug("%s: %s", path, error)
 
 
+def shut_down() -> None:
+    """Close every socket of this process; waits for notices that are on their way, up to their linger time."""
+    zmq.Context.instance().destroy()
+
+
 Pollable = Channel | int
 
 
@@ -223,7 +231,7 @@ class HeartbeatSender(Channel):
 
     def send(self, heartbeat: Heartbeat) -> bool:
         """Whether it could be queued; a heartbeat that cannot is of no use later."""
-        return self._send(codec.encode(heartbeat))
+        return _send_message(self, heartbeat)
 
 
 class HeartbeatReceiver(Channel):
@@ -242,8 +250,11 @@ class NoticeSender(Channel):
     name, pattern, linger_ms = NOTICES, zmq.PUSH, 200
 
     def send(self, notice: Notice) -> bool:
-        """Whether it could be queued; notices wait for a watcher that is restarting, up to the bound of the queue."""
-        return self._send(codec.encode(notice))
+        """Whether it could be queued; notices wait for a watcher that is restarting, up to the bound of the queue.
+
+        A text longer than an Event's message may be is cut.
+        """
+        return _send_message(self, msgspec.structs.replace(notice, text=notice.text[:NOTICE_LENGTH]))
 
 
 class NoticeReceiver(Channel):
@@ -254,6 +265,14 @@ class NoticeReceiver(Channel):
     def receive(self) -> list[Notice]:
         """The notices that have come since the last call, oldest first."""
         return list(_messages(self, Notice))
+
+
+def _send_message(channel: Channel, message: Message) -> bool:
+    try:
+        return channel._send(codec.encode(message))
+    except BadMessage as error:
+        channel.drop(str(error))
+        return False
 
 
 def _messages(channel: Channel, wanted: type[T]) -> Iterator[T]:

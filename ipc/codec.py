@@ -69,7 +69,8 @@ def encode(message: Message) -> bytes:
             for part in message.kinds
         ]
         return encode_snapshot(message.epoch, message.state, parts)
-    return _pack(message, object_packer())
+    # Text that is not Unicode (a file name with odd bytes in a warning) must not silence a worker.
+    return _pack(message, msgpack.Packer(unicode_errors=None if isinstance(message, Delta) else "replace"))
 
 
 def object_packer() -> msgpack.Packer:

@@ -25,14 +25,14 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
-from kube_router.ipc.channels import HeartbeatSender, NoticeSender, Poller
+from kube_router.ipc.channels import HeartbeatSender, NoticeSender, Pollable, Poller, shut_down
 from kube_router.ipc.messages import Heartbeat, Kind
 from kube_router.ipc.replica import Changes, Cluster, Replica
 from kube_router.workers.model import Failure, Outcome
@@ -40,6 +40,7 @@ from kube_router.workers.model import Failure, Outcome
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
+WARNINGS_SHOWN, WARNING_LENGTH = 100, 1000
 NOTICES_REMEMBERED = 1000
 """A notice is not sent again while it is among so many of the last ones."""
 
@@ -69,7 +70,8 @@ class Trigger:
     ``start``: the first one of this process; observe the kernel. ``period``: the background check; observe again.
     ``woken``: a driver saw a foreign change. ``confirmed``: the cluster was stale and has come in sync since the last
     call that did not fail: what was only kept because of that may now be deleted, also when ``changes`` is empty.
-    ``changes``: what differs from the cluster of the last call that did not fail, by kind and key.
+    ``changes``: what differs from the cluster of the last call that did not fail, by kind and key; what changed and
+    changed back around a failed call is there with old equal to new, as nobody knows what that call left behind.
     """
 
     start: bool = False
@@ -132,16 +134,20 @@ class Schedule:
             self._dirty_at = now + self._pace.min_interval
 
     def done(self, now: float, failed: bool, again_after: float | None) -> None:
-        """A reconciliation ended at ``now``."""
+        """A reconciliation ended at ``now``.
+
+        One that fails before the retry of an earlier failure is due leaves that retry where it is: a stream of changes
+        neither delays it nor doubles its interval.
+        """
         self._dirty_at = None
         self._period_at = now + self._period
-        if failed:
+        if not failed:
+            self._retries = 0
+            self._retry_at = None if again_after is None else now + again_after
+        elif self._retries == 0 or self._retry_at is None or self._retry_at <= now:
             delay = min(self._pace.retry_first * 2**self._retries, self._pace.retry_most)
             self._retries = min(self._retries + 1, 16)
             self._retry_at = now + delay * (0.75 + 0.5 * self._jitter())
-        else:
-            self._retries = 0
-            self._retry_at = None if again_after is None else now + again_after
 
     def due(self, now: float) -> tuple[bool, bool, bool]:
         """(dirty, retry, period) that are due now."""
@@ -166,15 +172,19 @@ class Loop:
         clock: Clock | None = None,
         pace: Pace | None = None,
         jitter: Callable[[], float] = random.random,
+        wait: Callable[[Iterable[Pollable], float], set[Pollable]] = Poller.wait,
         alarm: int | None = None,
     ) -> None:
-        """``alarm``: a descriptor that becomes readable when `stopping` has been set; see `run`."""
+        """``alarm``: a descriptor that becomes readable when `stopping` has been set; see `run`.
+
+        Clock, ``jitter`` and ``wait`` are parameters so that a test can decide the time.
+        """
         self.controller, self.replica = controller, replica
         self._heartbeats, self._notices = heartbeats, notices
-        self._clock, self._pace = clock or SystemClock(), pace or Pace()
+        self._clock, self._pace, self._wait = clock or SystemClock(), pace or Pace(), wait
         self._schedule = Schedule(self._pace, controller.period, jitter)
         self._pending: Changes = {}
-        self._alarm = [] if alarm is None else [alarm]
+        self._alarm = alarm
         self._woken = False
         self._confirmed = False
         self._in_sync = False
@@ -202,7 +212,10 @@ class Loop:
         now = self._clock.monotonic()
         due = self._schedule.wait(now) if self.replica.usable else float("inf")
         timeout = min(due, self.replica.wait(now), max(0.0, self._beat_at - now))
-        ready = Poller.wait([*self.replica.sockets, *wakers, *self._alarm], timeout)
+        alarm = () if self._alarm is None else (self._alarm,)
+        ready = self._wait([*self.replica.sockets, *wakers, *alarm], timeout)
+        if self._alarm in ready:
+            os.read(self._alarm, 4096)
         if self.stopping:
             return
         for descriptor, drain in wakers.items():
@@ -229,10 +242,7 @@ class Loop:
             pending = self._pending.setdefault(kind, {})
             for key, (old, new) in by_key.items():
                 first_old = pending[key][0] if key in pending else old
-                if first_old == new:
-                    del pending[key]
-                else:
-                    pending[key] = (first_old, new)
+                pending[key] = (first_old, new)
         self._schedule.dirty(self._clock.monotonic())
 
     def _reconcile(self, *, retry: bool, period: bool) -> None:
@@ -242,7 +252,7 @@ class Loop:
             woken=self._woken,
             retry=retry,
             confirmed=self._confirmed,
-            changes={kind: by_key for kind, by_key in self._pending.items() if by_key},
+            changes=self._pending,
         )
         began = self._clock.monotonic()
         try:
@@ -288,7 +298,7 @@ class Loop:
             writes=self.beat.writes + outcome.writes,
             pending=len(outcome.failures),
             errors=errors,
-            warnings=(*map(str, outcome.failures), *outcome.warnings),
+            warnings=shortened((*map(str, outcome.failures), *outcome.warnings)),
             counts=dict(outcome.counts),
             counters=counters,
             observations=observations,
@@ -315,6 +325,13 @@ class Loop:
 def replace_struct(beat: Heartbeat, **changes: object) -> Heartbeat:
     """A copy of a heartbeat with some fields changed."""
     return msgspec.structs.replace(beat, **changes)
+
+
+def shortened(lines: tuple[str, ...]) -> tuple[str, ...]:
+    """Not more lines, and no longer ones, than a heartbeat can carry; the log has them all."""
+    shown = tuple(line[:WARNING_LENGTH] for line in lines[:WARNINGS_SHOWN])
+    more = len(lines) - len(shown)
+    return (*shown, f"and {more} more, see the log") if more else shown
 
 
 def resident_bytes() -> int:
@@ -372,6 +389,7 @@ def run(controller: Controller, pace: Pace | None = None) -> int:
         loop.run()
     finally:
         controller.close()
+        shut_down()
     log.info("stopped")
     sys.stdout.flush()
     return 0
