@@ -69,14 +69,17 @@ Section = tuple[str, dict[str, str]]
 
 
 def _section(title: str, options: dict[str, str]) -> str:
-    return "\n".join([f"[{title}]", *(f"{key} = {_escaped(value)}" for key, value in options.items())])
+    return "\n".join([f"[{title}]", *(f"{key} = {_escaped(key, value)}" for key, value in options.items())])
 
 
-def _escaped(value: str) -> str:
-    """A value as the file wants it: ``%`` doubled; a comment or a line break inside cannot be expressed."""
+def _escaped(key: str, value: str) -> str:
+    """A value as the file wants it: ``%`` doubled; a comment or a line break inside cannot be expressed.
+
+    supervisord expands the log files of a program twice.
+    """
     if re.search(r"\s[;#]|[\r\n]", value):
         raise ValueError(f"{value!r} cannot stand in supervisord.conf: it has a blank before ; or #, or a line break")
-    return value.replace("%", "%%")
+    return value.replace("%", "%%%%" if key in ("stdout_logfile", "stderr_logfile") else "%%")
 
 
 def _head(settings: Settings) -> list[Section]:

@@ -228,8 +228,9 @@ class Record:
 class Stream:
     """The agent's stdout, never waited for. ``descriptor`` is in non-blocking mode."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, as_json: bool = False) -> None:
         self.descriptor = descriptor
+        self._as_json = as_json
         self._unwritten = bytearray()
         self._lost = 0
 
@@ -246,7 +247,8 @@ class Stream:
             return
         if self._lost and not self._unwritten:
             lost, self._lost = self._lost, 0
-            self.line(f"{timestamp(time.time())} WARN  supervisor  {lost} log lines lost: nobody read the log stream")
+            text = f"{lost} log lines lost: nobody read the log stream"
+            self.line(record("WARN", "supervisor", text, self._as_json, time.time()))
         self._unwritten += data
         self.write()
 
@@ -322,7 +324,7 @@ class Listener:
     def __init__(self, run_dir: str, as_json: bool, names: list[str]) -> None:
         self._run_dir, self._as_json = run_dir, as_json
         self._supervisord = os.getppid()
-        self._stream = Stream(open_stream(self._supervisord))
+        self._stream = Stream(open_stream(self._supervisord), as_json)
         self._log = SupervisorLog(f"{run_dir}/supervisord.log")
         self._record = Record(names)
         self._lines: dict[str, Lines] = {}
