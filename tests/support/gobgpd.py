@@ -16,12 +16,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from select import select
 
-from support.namespaces import Namespace
+from support.namespaces import Namespace, veth
 
 from kube_router.ipc.messages import Node
 from kube_router.workers.model import Outcome
 from kube_router.workers.nodefacts import node_facts
 from kube_router.workers.router.bgp import Bgp
+from kube_router.workers.router.bgpstate import BgpState
+from kube_router.workers.router.gobgp.client import Client, GobgpError, connect
+from kube_router.workers.router.gobgp.watch import Watch
+from kube_router.workers.router.plan import diff
+from kube_router.workers.router.rib import Rib
 from kube_router.workers.settings import Secrets, Settings
 
 TOOLS = Path(os.environ.get("KUBE_ROUTER_TOOLS", Path.home() / ".cache" / "kube-router-tools"))
@@ -135,19 +140,25 @@ class Speaker:
             wakers[descriptor]()
         self.reconcile(retry=bool(self.outcome.failures))
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.outcome}\nlearned {dict(self.bgp.learned)}"
+
+    @property
+    def settled(self) -> bool:
+        """Whether deletions are no longer held back."""
+        return not self.bgp.hold_deletions
+
     def states(self) -> Mapping[str, str]:
         """Session state by peer address."""
         return {session.address: session.state for session in self.outcome.sessions}
 
 
-def wait_for(condition: Callable[[], bool], seconds: float, what: str, *speakers: Speaker) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float, what: str, *speakers: Speaker | Outsider) -> None:
     """Turn the speakers until ``condition`` holds; raises AssertionError naming ``what`` after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            seen = "".join(
-                f"\n{speaker.name}: {speaker.outcome}\nlearned {dict(speaker.bgp.learned)}" for speaker in speakers
-            )
+            seen = "".join(f"\n{speaker}" for speaker in speakers)
             raise AssertionError(f"not within {seconds} s: {what}{seen}")
         for speaker in speakers:
             speaker.turn()
@@ -166,3 +177,68 @@ def daemons(*places: tuple[Namespace, int, Path]) -> Iterator[list[Daemon]]:
             daemon.start()
             started.append(daemon)
         yield started
+
+
+class Outsider:
+    """A router of somebody else: a gobgpd without policies, which remembers every prefix it was ever sent."""
+
+    def __init__(self, daemon: Daemon, state: BgpState) -> None:
+        self.daemon, self.state = daemon, state
+        self.client = attached(daemon)
+        self.plan(state)
+        self._eventfd = os.eventfd(0, os.EFD_NONBLOCK)
+        self._watch = Watch(self.client, self._eventfd)
+        self.rib = Rib()
+        self.ever: set[str] = set()
+
+    def plan(self, state: BgpState) -> None:
+        """Bring the daemon to ``state``."""
+        plan = diff(self.client.observe(), state)
+        assert self.client.apply(plan) == (len(plan.steps), ())
+        self.state = state
+
+    def turn(self) -> None:
+        """Take what has come."""
+        self.rib.apply(self._watch.take().routes)
+        self.ever |= self.rib.routes.keys()
+
+    def routes(self) -> dict[str, str]:
+        """Next hop by prefix, as it has them now."""
+        self.turn()
+        return dict(self.rib.routes)
+
+    def established(self, address: str) -> bool:
+        """Whether its session with ``address`` is up."""
+        return any(
+            session.address == address and session.state == "established"
+            for session in self.client.sessions(self.state.speaker.asn if self.state.speaker else 0)
+        )
+
+    def close(self) -> None:
+        """Let go of the daemon, which goes on."""
+        self._watch.close()
+        self.client.close()
+        os.close(self._eventfd)
+
+
+def attached(daemon: Daemon) -> Client:
+    """A client of a daemon that is starting."""
+    found: list[Client] = []
+
+    def attempt() -> bool:
+        try:
+            found.append(connect(daemon.socket))
+        except GobgpError as error:
+            assert error.gone, error
+        return bool(found)
+
+    wait_for(attempt, 10, "gobgpd answers")
+    return found[0]
+
+
+def segment(hub: Namespace, *members: tuple[Namespace, tuple[str, ...]]) -> None:
+    """One L2 segment: a bridge in ``hub``, a link ``eth0`` with the given addresses in each member."""
+    hub.run("ip link add seg0 type bridge; ip link set seg0 up")
+    for number, (member, addresses) in enumerate(members):
+        veth(hub, f"port{number}", member, "eth0", right_addresses=addresses)
+        hub.run(f"ip link set port{number} master seg0")

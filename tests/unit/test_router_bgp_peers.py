@@ -114,7 +114,8 @@ def test_a_bad_entry_is_named_and_spoils_no_other(entry: str, words: list[str]) 
 
 
 @pytest.mark.parametrize(
-    "password", ["not base64!", ENCODED[:-1], base64.b64encode(b"\xff\xfe").decode(), base64.b64encode(b"x" * 81).decode()]
+    "password",
+    ["not base64!", ENCODED[:-1], base64.b64encode(b"\xff\xfe").decode(), base64.b64encode(b"x" * 81).decode()],
 )
 def test_a_bad_password_is_never_shown(password: str) -> None:
     found = of({"peers": f"- {{remoteip: 10.0.1.1, remoteasn: 65000, password: '{password}'}}"})
@@ -131,7 +132,8 @@ def test_no_text_form_shows_a_password() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["remoteip: 10.0.1.1", "- {remoteip: 10.0.1.1", "\t- x", "!!python/object:os.system []\n- }", "[" * 5000, "word"]
+    "text",
+    ["remoteip: 10.0.1.1", "- {remoteip: 10.0.1.1", "\t- x", "!!python/object:os.system []\n- }", "[" * 5000, "word"],
 )
 def test_text_that_is_no_list_of_peers_holds_what_runs(text: str) -> None:
     found = of({"peers": text})

@@ -37,7 +37,7 @@ RECONNECT_FIRST_SECONDS, RECONNECT_MOST_SECONDS = 0.1, 1.0
 EMPTY_TABLE_SECONDS = 0.5
 """After the watch's end mark: no table message so long after it means that the table is empty."""
 QUIET_SECONDS = 1.0
-"""No route event for so long, with all sessions up, means that the peers have sent what they have."""
+"""No event for so long, with all sessions up, means that the peers have sent what they have."""
 SESSIONS_SECONDS = 5.0
 """Received routes are counted again so long after the last change."""
 
@@ -81,7 +81,7 @@ class Bgp:
         self._away_since, self._attempts, self._attempt_at = now, 0, now
         self._young_until = now
         self._end_of_init_at: float | None = None
-        self._route_at = now
+        self._heard_at = now
         self._synced: float | None = None
 
     @property
@@ -121,9 +121,9 @@ class Bgp:
             return
         now = self._clock.monotonic()
         taken = self._watch.take()
-        if taken.routes:
-            self._received += self._rib.apply(taken.routes)
-            self._route_at = now
+        self._received += self._rib.apply(taken.routes)
+        if taken.routes or taken.peers:
+            self._heard_at = now
         self._note_progress(taken, now)
         if taken.peers or taken.table:
             self._sessions_at = now if taken.peers else min(self._sessions_at or float("inf"), now + SESSIONS_SECONDS)
@@ -147,7 +147,7 @@ class Bgp:
             return
         up = sum(session.state == "established" for session in self._sessions)
         wanted = len(self._believed.neighbors) if self._believed is not None else 0
-        quiet = up >= wanted and self._believed is not None and now >= self._route_at + QUIET_SECONDS
+        quiet = up >= wanted and self._believed is not None and now >= self._heard_at + QUIET_SECONDS
         if quiet or now >= self._young_until:
             self._settled = True
             self._rib.confirmed()
@@ -173,7 +173,7 @@ class Bgp:
             return False
         young = self._settings.bgp_graceful_restart_time - self._client.daemon_age()
         self._young_until = now + max(0.0, young)
-        self._attempts, self._attempt_at, self._route_at = 0, now, now
+        self._attempts, self._attempt_at, self._heard_at = 0, now, now
         self._failures = ()
         log.info("attached to gobgpd (interface generation %d)", self._client.generation)
         return True
@@ -249,6 +249,7 @@ class Bgp:
         self._failures = self._refuse_loop(plan, actual) or self._apply(client, plan, work)
         if plan.steps:
             work.observations["controller_bgp_internal_peers_sync_time"] = (self._clock.monotonic() - began,)
+            self._sessions_at = began
         self._asn = wanted.speaker.asn if wanted.speaker is not None else 0
         replaced = any(isinstance(step, ReplaceDaemon) for step in plan.steps)
         self._believed = None if self._failures or replaced or wanted.speaker is None else wanted

@@ -59,12 +59,13 @@ CHANNEL_OPTIONS = (
 class GobgpError(Exception):
     """A call failed; the text is gobgpd's.
 
-    ``gone``: the daemon is not there (or no longer). ``unknown_service``: it does not offer this interface.
+    ``gone``: the daemon is not there (or no longer). ``stuck``: it did not answer in time. ``unknown_service``: it
+    does not offer this interface.
     """
 
-    def __init__(self, text: str, *, gone: bool = False, unknown_service: bool = False) -> None:
+    def __init__(self, text: str, *, gone: bool = False, stuck: bool = False, unknown_service: bool = False) -> None:
         super().__init__(text)
-        self.gone, self.unknown_service = gone, unknown_service
+        self.gone, self.stuck, self.unknown_service = gone, stuck, unknown_service
 
 
 def connect(path: Path) -> Client:
@@ -143,7 +144,7 @@ class Client:
         """Do the steps in order; returns how many were done and what went wrong.
 
         A failed step does not stop unrelated ones, but nothing is originated and no peer is added under policies that
-        could not be set; when the daemon dies the rest is left.
+        could not be set. Raises `GobgpError` when the daemon dies or does not answer: there is no use in the rest.
         """
         done, failures = 0, []
         closed = False
@@ -154,8 +155,10 @@ class Client:
                 self.apply_step(step)
                 done += 1
             except GobgpError as error:
+                if error.gone or error.stuck:
+                    raise
                 failures.append(Failure(_phase(step), f"cannot {_first_line(step)}: {error}"))
-                if error.gone or isinstance(step, StartSpeaker | ReplaceDaemon):
+                if isinstance(step, StartSpeaker | ReplaceDaemon):
                     break
                 closed = closed or isinstance(step, SetPolicies | Assign)
         return done, tuple(failures)
@@ -306,9 +309,10 @@ class Client:
         except grpc.RpcError as error:
             code = error.code() if isinstance(error, grpc.Call) else None
             details = error.details() if isinstance(error, grpc.Call) else str(error)
-            gone = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
+            gone = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+            stuck = code == grpc.StatusCode.DEADLINE_EXCEEDED
             unknown = code == grpc.StatusCode.UNIMPLEMENTED
-            raise GobgpError(details or str(code), gone=gone, unknown_service=unknown) from error
+            raise GobgpError(details or str(code), gone=gone, stuck=stuck, unknown_service=unknown) from error
 
 
 def _serialize(message: Any) -> bytes:

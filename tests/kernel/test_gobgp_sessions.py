@@ -1,0 +1,313 @@
+"""The router worker's BGP half against real daemons: sessions, what peers learn, and what survives what.
+
+Each test runs with both generations of gobgpd. A session takes up to ten seconds to come up with 3.x (a fixed connect
+timer), so tests are few and each goes through a whole story.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from support.bgp import node
+from support.gobgpd import BINARIES, PORT, Daemon, Outsider, Speaker, daemons, segment, wait_for
+from support.namespaces import Namespace, namespaces
+
+from kube_router.ipc.messages import Node
+from kube_router.workers.model import Family
+from kube_router.workers.router.bgpstate import OPEN, BgpState, Neighbor
+from kube_router.workers.router.bgpstate import Speaker as BgpSpeaker
+from kube_router.workers.settings import Secrets, Settings
+
+UP_SECONDS = 25.0
+DUAL = (Family.IPV4, Family.IPV6)
+A = node("a", ["10.0.0.1", "2001:db8::1"], ["10.244.1.0/24", "fd00:1::/64"])
+B = node("b", ["10.0.0.2", "2001:db8::2"], ["10.244.2.0/24", "fd00:2::/64"])
+C = node("c", ["10.0.0.3", "2001:db8::3"], ["10.244.3.0/24", "fd00:3::/64"])
+FROM = {
+    item.name: {item.pod_cidrs[0]: item.addresses[0].address, item.pod_cidrs[1]: item.addresses[1].address}
+    for item in (A, B, C)
+}
+OUTSIDE = "10.0.0.9"
+OUTSIDE_ASN = 65000
+
+
+def annotated(item: Node, annotations: dict[str, str]) -> Node:
+    return node(item.name, [entry.address for entry in item.addresses], item.pod_cidrs, annotations)
+
+
+def outsider_state(*, asn: int = OUTSIDE_ASN, password: str = "", paths: dict[str, str] | None = None) -> BgpState:
+    return BgpState(
+        speaker=BgpSpeaker(asn, OUTSIDE, PORT, frozenset({OUTSIDE, "2001:db8::9"})),
+        export=OPEN,
+        import_=OPEN,
+        neighbors={"10.0.0.1": Neighbor("10.0.0.1", 64512, OUTSIDE, PORT, DUAL, password=password)},
+        paths=paths or {},
+    )
+
+
+@dataclass
+class Lab:
+    """Nodes a, b, c and a place for an outsider on one segment, with a generation of gobgpd."""
+
+    places: dict[str, Namespace]
+    generation: int
+    folder: Path
+    stack: ExitStack
+
+    def daemon(self, name: str, generation: int | None = None) -> Daemon:
+        place = (self.places[name], generation or self.generation, self.folder / name)
+        return self.stack.enter_context(daemons(place))[0]
+
+    def speaker(
+        self, name: str, generation: int | None = None, secrets: Secrets | None = None, **flags: object
+    ) -> Speaker:
+        daemon = self.daemon(name, generation)
+        values = {"run_dir": str(daemon.run_dir), "enable_ipv6": True, "bgp_port": PORT, "node_name": name, **flags}
+        speaker = Speaker(daemon, name, Settings(**values), secrets)  # type: ignore[arg-type]
+        self.stack.callback(lambda: speaker.bgp.close())
+        return speaker
+
+    def outsider(self, state: BgpState) -> Outsider:
+        outsider = Outsider(self.daemon("outside"), state)
+        self.stack.callback(outsider.close)
+        return outsider
+
+
+@pytest.fixture(params=BINARIES, ids=lambda generation: f"gobgpd{generation}")
+def lab(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lab]:
+    with namespaces(5) as (hub, a, b, c, outside), ExitStack() as stack:
+        numbers = ((a, 1), (b, 2), (c, 3), (outside, 9))
+        segment(hub, *((member, (f"10.0.0.{number}/24", f"2001:db8::{number}/64")) for member, number in numbers))
+        yield Lab({"a": a, "b": b, "c": c, "outside": outside}, request.param, tmp_path, stack)
+
+
+def learned(speaker: Speaker, *names: str) -> Callable[[], bool]:
+    wanted = {prefix: hop for name in names for prefix, hop in FROM[name].items()}
+    return lambda: dict(speaker.bgp.learned) == wanted and speaker.settled
+
+
+def test_nodes_learn_each_others_pod_routes_and_follow_the_cluster(lab: Lab) -> None:
+    a, b, c = (lab.speaker(name) for name in "abc")
+    for speaker in (a, b):
+        outcome = speaker.see(A, B)
+        assert (outcome.failures, outcome.warnings) == ((), ())
+    wait_for(lambda: learned(a, "b")() and learned(b, "a")(), UP_SECONDS, "a and b learn", a, b)
+    assert a.states() == {"10.0.0.2": "established"}
+    assert (a.outcome.sessions[0].type, a.outcome.sessions[0].asn) == ("internal", 64512)
+
+    # A third node: the running session is not touched.
+    b.bgp.take_changed()
+    for speaker in (a, b, c):
+        speaker.see(A, B, C)
+    wait_for(lambda: learned(a, "b", "c")() and learned(c, "a", "b")(), UP_SECONDS, "c joins", a, b, c)
+    assert b.bgp.take_changed() == FROM["c"].keys(), "nothing but c's routes changed"
+
+    # The cluster says the same again, and again: nothing is done.
+    written = a.writes
+    a.see(A, B, C)
+    a.reconcile(compare=True, observe=True)
+    assert a.writes == written
+
+    # A pod CIDR changes: the new one comes, the old one goes, the other family's stays.
+    moved = node("b", ["10.0.0.2", "2001:db8::2"], ["10.244.77.0/24", "fd00:2::/64"])
+    for speaker in (a, b, c):
+        speaker.see(A, moved, C)
+    wait_for(
+        lambda: {"10.244.77.0/24", "fd00:2::/64"} <= a.bgp.learned.keys() and "10.244.2.0/24" not in a.bgp.learned,
+        5,
+        "b's new CIDR",
+        a,
+        b,
+        c,
+    )
+
+    # A node leaves the cluster: its session and its routes go.
+    for speaker in (a, b):
+        speaker.see(A, moved)
+    wait_for(lambda: not FROM["c"].keys() & a.bgp.learned.keys(), 5, "c's routes go", a, b)
+    assert set(a.states()) == {"10.0.0.2"}
+
+
+def test_a_worker_that_restarts_writes_nothing_and_no_peer_notices(lab: Lab) -> None:
+    a, b = lab.speaker("a"), lab.speaker("b")
+    for speaker in (a, b):
+        speaker.see(A, B)
+    wait_for(lambda: learned(a, "b")() and learned(b, "a")(), UP_SECONDS, "a and b learn", a, b)
+    b.bgp.take_changed()
+    a.restart()
+    a.see(A, B)
+    wait_for(learned(a, "b"), 5, "the new worker has the table", a, b)
+    assert a.writes == 0
+    assert a.daemon.starts == 1
+    assert b.bgp.take_changed() == frozenset()
+    assert b.states() == {"10.0.0.1": "established"}
+
+
+def test_a_restarted_worker_with_a_stale_snapshot_takes_nothing_away(lab: Lab) -> None:
+    a, b = lab.speaker("a"), lab.speaker("b")
+    for speaker in (a, b):
+        speaker.see(A, B)
+    wait_for(lambda: learned(a, "b")() and learned(b, "a")(), UP_SECONDS, "a and b learn", a, b)
+    a.restart()
+    a.keep = True
+    a.see(node("a", ["10.0.0.1", "2001:db8::1"], ["10.244.8.0/24", "fd00:1::/64"]), C)
+    wait_for(lambda: "10.244.8.0/24" in b.bgp.learned, 5, "what is new is added", a, b)
+    assert b.bgp.learned.keys() == {"10.244.8.0/24", *FROM["a"]}
+    assert a.states()["10.0.0.2"] == "established"
+    a.keep = False
+    a.see(A, B)
+    wait_for(lambda: b.bgp.learned.keys() == FROM["a"].keys(), 5, "in sync again, it goes", a, b)
+    assert set(a.states()) == {"10.0.0.2"}
+
+
+def test_a_daemon_that_dies_leaves_the_routes_and_is_set_up_again(lab: Lab) -> None:
+    a, b = lab.speaker("a"), lab.speaker("b")
+    for speaker in (a, b):
+        speaker.see(A, B)
+    wait_for(lambda: learned(a, "b")() and learned(b, "a")(), UP_SECONDS, "a and b learn", a, b)
+    before = dict(a.bgp.learned)
+    a.bgp.take_changed()
+    a.daemon.kill(pause=True)
+    wait_for(lambda: not a.settled, 5, "a notices", a, b)
+    assert (dict(a.bgp.learned), a.bgp.take_changed()) == (before, frozenset())
+    assert a.outcome.failures == ()
+    a.daemon.resume()
+    wait_for(lambda: a.daemon.starts == 2 and a.outcome.sessions != (), 10, "a attaches again", a, b)
+    assert dict(a.bgp.learned) == before, "held until the peers are back"
+    wait_for(lambda: learned(a, "b")() and learned(b, "a")(), UP_SECONDS, "both learn again", a, b)
+    assert a.bgp.take_changed() == frozenset(), "nothing was lost, nothing is new"
+
+
+def test_an_outside_peer_gets_own_pod_cidrs_only_and_cannot_teach_a_default_route(lab: Lab) -> None:
+    theirs = {"0.0.0.0/0": OUTSIDE, "::/0": "2001:db8::9", "198.51.100.0/24": OUTSIDE, "2001:db8:5::/48": "2001:db8::9"}
+    outside = lab.outsider(outsider_state(paths=theirs))
+    peers = {"peer_router_ips": (OUTSIDE,), "peer_router_asns": (OUTSIDE_ASN,), "peer_router_ports": (PORT,)}
+    a, b = lab.speaker("a", **peers), lab.speaker("b")
+    for speaker in (a, b):
+        assert speaker.see(A, B).failures == ()
+    accepted = {"198.51.100.0/24": OUTSIDE, "2001:db8:5::/48": "2001:db8::9"}
+    wait_for(lambda: dict(a.bgp.learned) == {**FROM["b"], **accepted}, UP_SECONDS, "a learns", a, b, outside)
+    wait_for(lambda: outside.routes() == FROM["a"], UP_SECONDS, "the outsider learns", a, b, outside)
+    assert outside.ever == FROM["a"].keys(), "nothing else at any time, from the first moment on"
+    assert dict(b.bgp.learned) == FROM["a"], "what a learned outside is not passed on"
+    assert {item.type: item.asn for item in a.outcome.sessions} == {"internal": 64512, "external": OUTSIDE_ASN}
+
+
+def test_pod_cidrs_are_hidden_shown_and_hidden_again_without_touching_the_session(lab: Lab) -> None:
+    outside = lab.outsider(outsider_state())
+    peers = {"peer_router_ips": (OUTSIDE,), "peer_router_asns": (OUTSIDE_ASN,), "peer_router_ports": (PORT,)}
+    a = lab.speaker("a", advertise_pod_cidr=False, **peers)
+    a.see(A)
+    wait_for(lambda: outside.established("10.0.0.1"), UP_SECONDS, "session", a, outside)
+    shown, hidden = Settings(**{**settings_of(a), "advertise_pod_cidr": True}), a.settings
+    assert outside.routes() == {} and outside.ever == set()
+    for settings, routes in ((shown, FROM["a"]), (hidden, {}), (shown, FROM["a"])):
+        a.settings = settings
+        a.restart()
+        a.see(A)
+        wait_for(lambda: outside.routes() == routes, 5, f"the outsider has {routes}", a, outside)  # noqa: B023
+        assert outside.established("10.0.0.1")
+    assert a.daemon.starts == 1
+
+
+def settings_of(speaker: Speaker) -> dict[str, object]:
+    return {name: getattr(speaker.settings, name) for name in speaker.settings.__struct_fields__}
+
+
+def test_a_password_holds_and_leaves_nothing_behind(lab: Lab) -> None:
+    secret = "tr0ub4dor"
+    outside = lab.outsider(outsider_state(password=secret))
+    a = lab.speaker("a")
+    entry = f"remoteip: {OUTSIDE}, remoteasn: {OUTSIDE_ASN}, port: {PORT}"
+    encoded = base64.b64encode(secret.encode()).decode()
+    a.see(annotated(A, {"peers": f"- {{{entry}, password: {encoded}}}"}))
+    wait_for(lambda: outside.routes() == FROM["a"], UP_SECONDS, "the session with password", a, outside)
+    assert secret not in str(a.outcome) and encoded not in str(a.outcome)
+
+    # The peer goes and comes back without password: also as a session that the peer opens.
+    a.see(A)
+    outside.plan(outsider_state())
+    assert a.states() == {} or a.see(A).sessions == ()
+    a.see(annotated(A, {"peers": f"- {{{entry}}}"}))
+    wait_for(lambda: outside.routes() == FROM["a"], UP_SECONDS, "the session without password", a, outside)
+    assert secret not in a.daemon.log.read_text()
+
+
+def test_a_password_that_goes_lets_the_peer_open_the_session(lab: Lab) -> None:
+    """Only the peer dials here: a key left on our listening socket would make every attempt of it time out."""
+    secret = "tr0ub4dor"
+    outside = lab.outsider(outsider_state(password=secret))
+    a = lab.speaker("a")
+    wrong_port = f"remoteip: {OUTSIDE}, remoteasn: {OUTSIDE_ASN}, port: 9"
+    encoded = base64.b64encode(secret.encode()).decode()
+    a.see(annotated(A, {"peers": f"- {{{wrong_port}, password: {encoded}}}"}))
+    wait_for(lambda: outside.established("10.0.0.1"), UP_SECONDS, "the peer opens with password", a, outside)
+    outside.plan(outsider_state())
+    a.see(annotated(A, {"peers": f"- {{{wrong_port}}}"}))
+    wait_for(lambda: outside.established("10.0.0.1"), UP_SECONDS, "the peer opens without password", a, outside)
+
+
+def test_garbage_in_annotations_leaves_sessions_up_and_is_told(lab: Lab) -> None:
+    outside = lab.outsider(outsider_state())
+    a = lab.speaker("a")
+    lists = {"peer.ips": OUTSIDE, "peer.asns": str(OUTSIDE_ASN), "peer.ports": str(PORT)}
+    a.see(annotated(A, lists))
+    wait_for(lambda: outside.routes() == FROM["a"], UP_SECONDS, "session", a, outside)
+    written = a.writes
+    for garbage in (
+        {**lists, "peer.asns": "1,2,3"},
+        {**lists, "peer.ports": "one"},
+        {**lists, "peer.asns": "23456"},
+        {"peers": "- {remoteip: "},
+        {"peers": f"- {{remoteip: {OUTSIDE}, remoteasn: none}}"},
+        {**lists, "bgp-local-addresses": "here,there"},
+    ):
+        outcome = a.see(annotated(A, garbage))
+        assert outcome.failures == ()
+        assert any("node a" in line and "kube-router.io/" in line for line in outcome.warnings), outcome.warnings
+        assert [notice.name for notice in outcome.notices] != []
+        assert a.writes == written, garbage
+    outside.turn()
+    assert outside.established("10.0.0.1")
+    a.see(annotated(A, lists))
+    assert (a.writes, a.outcome.warnings) == (written, ())
+
+
+def test_another_asn_restarts_the_daemon_once_and_peers_follow(lab: Lab) -> None:
+    a, b = lab.speaker("a"), lab.speaker("b")
+    for speaker in (a, b):
+        speaker.see(A, B)
+    wait_for(lambda: learned(a, "b")() and learned(b, "a")(), UP_SECONDS, "a and b learn", a, b)
+    a.settings = Settings(**{**settings_of(a), "cluster_asn": 65010})
+    a.restart()
+    a.see(A, B)
+    # b still has the old AS number: a rolling change keeps the two connected.
+    wait_for(lambda: a.daemon.starts == 2 and learned(a, "b")() and learned(b, "a")(), 2 * UP_SECONDS, "again", a, b)
+    assert b.outcome.sessions[0].asn == 65010
+
+
+def test_a_missing_daemon_is_waited_for_and_told_after_a_while(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = lab.speaker("a")
+    a.daemon.kill(pause=True)
+    a.restart()
+    outcome = a.see(A, B)
+    assert (outcome.failures, outcome.warnings) == ((), ())
+    assert outcome.retry_after is not None and outcome.retry_after <= 1.0
+    wait_for(lambda: a.outcome.warnings != (), 10, "a warning", a)
+    assert "gobgpd does not answer on" in a.outcome.warnings[0]
+    assert a.bgp.hold_deletions
+    a.daemon.resume()
+    wait_for(lambda: a.writes > 0 and a.outcome.warnings == (), 10, "gobgpd is set up", a)
+
+
+def test_both_generations_in_one_cluster(lab: Lab) -> None:
+    other = {3: 4, 4: 3}[lab.generation]
+    a, b = lab.speaker("a"), lab.speaker("b", other)
+    for speaker in (a, b):
+        speaker.see(A, B)
+    wait_for(lambda: learned(a, "b")() and learned(b, "a")(), UP_SECONDS, "a and b learn", a, b)
