@@ -36,7 +36,7 @@ class Stray(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ActualRoutes:
-    """What the main table holds. ``foreign``: prefixes that we care for and where somebody else has a route."""
+    """What the main table holds. ``foreign``: the prefixes where somebody else has a route, of whatever metric."""
 
     ours: Mapping[Prefix, Route] = field(default_factory=dict)
     strays: tuple[Stray, ...] = ()

@@ -5,6 +5,7 @@ Every test says what the kernel does; the fake must do the same, or the tests th
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -97,6 +98,11 @@ def family(request: pytest.FixtureRequest) -> Family:
     return cast(Family, request.param)
 
 
+def ours(host: Host) -> ActualRoutes:
+    """What is there, without the routes of others."""
+    return dataclasses.replace(host.routes.observe(), foreign=frozenset())
+
+
 def add(family: Family, gateway: str) -> RoutePlan:
     return RoutePlan(add=((PREFIX[family], Route(gateway)),))
 
@@ -104,12 +110,12 @@ def add(family: Family, gateway: str) -> RoutePlan:
 def test_a_route_is_added_seen_replaced_and_removed(host: Host, family: Family) -> None:
     prefix = PREFIX[family]
     assert host.routes.apply(add(family, NEXT_HOP[family])).added == 1
-    assert host.routes.observe() == ActualRoutes({prefix: Route(NEXT_HOP[family])})
+    assert ours(host) == ActualRoutes({prefix: Route(NEXT_HOP[family])})
     assert host.routes.apply(RoutePlan(replace=((prefix, Route(OTHER_HOP[family])),))).added == 1
-    assert host.routes.observe() == ActualRoutes({prefix: Route(OTHER_HOP[family])})
+    assert ours(host) == ActualRoutes({prefix: Route(OTHER_HOP[family])})
     assert host.protocols(prefix) == [17]
     assert host.routes.apply(RoutePlan(delete=(prefix,))).removed == 1
-    assert host.routes.observe() == ActualRoutes()
+    assert ours(host) == ActualRoutes()
 
 
 def test_adding_takes_no_other_route_s_place(host: Host, family: Family) -> None:
@@ -137,11 +143,13 @@ def test_deleting_leaves_other_protocols(host: Host, family: Family) -> None:
     assert host.protocols(prefix) == [4]
 
 
-def test_foreign_routes_are_seen_only_where_they_matter(host: Host, family: Family) -> None:
+@pytest.mark.parametrize("metric", [None, 5])
+def test_foreign_routes_are_seen_whatever_their_metric(host: Host, family: Family, metric: int | None) -> None:
     prefix = PREFIX[family]
-    host.foreign_route(prefix, OTHER_HOP[family])
-    assert host.routes.observe().foreign == frozenset()
-    assert host.routes.observe({prefix}).foreign == {prefix}
+    connected = host.routes.observe().foreign
+    assert {"10.0.0.0/24", "fd00::/64"} <= connected
+    host.foreign_route(prefix, OTHER_HOP[family], metric=metric)
+    assert host.routes.observe().foreign - connected == {prefix}
 
 
 def test_a_route_of_our_protocol_with_a_metric_is_a_stray(host: Host, family: Family) -> None:
@@ -152,7 +160,7 @@ def test_a_route_of_our_protocol_with_a_metric_is_a_stray(host: Host, family: Fa
     assert actual.ours == {prefix: Route(NEXT_HOP[family])}
     assert [(stray.prefix, stray.metric) for stray in actual.strays] == [(prefix, 77)]
     assert host.routes.apply(RoutePlan(strays=actual.strays)).removed == 1
-    assert host.routes.observe() == ActualRoutes({prefix: Route(NEXT_HOP[family])})
+    assert ours(host) == ActualRoutes({prefix: Route(NEXT_HOP[family])})
 
 
 def test_an_unreachable_gateway_is_refused_and_stops_no_other_route(host: Host, family: Family) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import ipaddress
 import re
-from collections.abc import Container
 from dataclasses import dataclass, field
 
 from kube_router.workers.kernel.ipset import SetError
@@ -71,13 +70,13 @@ class FakeRoutes:
         self._kernel = kernel
         self.writes = 0
 
-    def observe(self, wanted: Container[Prefix] = frozenset()) -> ActualRoutes:
+    def observe(self) -> ActualRoutes:
         ours: dict[Prefix, Route] = {}
         strays = []
         foreign = set()
         for entry in self._kernel.table:
             if entry.protocol != PROTOCOL:
-                foreign |= {entry.prefix} if entry.prefix in wanted else set()
+                foreign.add(entry.prefix)
             elif entry.metric == METRIC[ipaddress.ip_network(entry.prefix).version] and entry.prefix not in ours:
                 ours[entry.prefix] = Route(entry.gateway)
             else:

@@ -20,7 +20,7 @@ import errno
 import ipaddress
 import socket
 import struct
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kube_router.workers.kernel.netlink import (
@@ -140,15 +140,14 @@ class RouteDriver:
         """Close the socket."""
         self._netlink.close()
 
-    def observe(self, wanted: Container[Prefix] = frozenset()) -> ActualRoutes:
-        """Our routes of both families, and where among ``wanted`` somebody else has one."""
+    def observe(self) -> ActualRoutes:
+        """Our routes of both families, and the prefixes where somebody else has one."""
         ours: dict[Prefix, Route] = {}
         strays: list[Stray] = []
         foreign: set[Prefix] = set()
         for route in self._main_table():
             if route.protocol != PROTOCOL:
-                if route.prefix in wanted:
-                    foreign.add(route.prefix)
+                foreign.add(route.prefix)
             elif route.metric == _DEFAULT_METRIC[route.family] and route.prefix not in ours:
                 ours[route.prefix] = Route(route.gateway)
             else:

@@ -137,7 +137,7 @@ def plan_routes(
     Where somebody else has a route for the same destination, ours yields: none is written, ours is removed.
     """
     writes = [(prefix, route) for prefix, route in updates.items() if prefix not in actual.foreign]
-    yielding = [prefix for prefix in sorted(actual.foreign) if prefix in actual.ours]
+    yielding = sorted(actual.foreign & actual.ours.keys())
     return RoutePlan(
         add=tuple(step for step in writes if step[0] not in actual.ours),
         replace=tuple(step for step in writes if step[0] in actual.ours),

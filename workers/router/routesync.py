@@ -7,7 +7,7 @@ one netlink message; the table is listed only when asked to `observe`.
 from __future__ import annotations
 
 import errno
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,12 +26,14 @@ from kube_router.workers.router.routes import (
 
 _TRIES = 2
 """Plan, apply, and once more after reading again when the kernel showed a route that was not known."""
+_DOUBTFUL_MOST = 10_000
+"""More places than this are not remembered one by one: the next sync reads the table."""
 
 
 class Routes(Protocol):
     """What this module asks of a route driver."""
 
-    def observe(self, wanted: Container[Prefix] = ...) -> ActualRoutes: ...
+    def observe(self) -> ActualRoutes: ...
 
     def apply(self, plan: RoutePlan) -> AppliedRoutes: ...
 
@@ -59,6 +61,8 @@ class RouteSync:
         self._observed = False
         self._strays: tuple[Stray, ...] = ()
         self._foreign: frozenset[Prefix] = frozenset()
+        self._doubtful: set[Prefix] = set()
+        """Where somebody else's routes came or went since the last observation."""
 
     def sync(
         self,
@@ -74,7 +78,8 @@ class RouteSync:
         Raises OSError or `Overflow` when the kernel's table cannot be read; a refused route is a failure of its own.
         """
         self._decide(learned, changed, around)
-        self._observed = self._observed and not observe
+        if observe or not self._doubtful.isdisjoint(self._routes.pending_updates()):
+            self._observed = False
         added = removed = 0
         failures: tuple[RouteFailure, ...] = ()
         for _ in range(_TRIES):
@@ -94,10 +99,17 @@ class RouteSync:
         return plan_routes(actual, updates, deletes, hold=hold_deletions)
 
     def concerns(self, route: KernelRoute, gone: bool) -> bool:
-        """Whether a foreign change of the main table asks for a new look: at our routes, or in their place."""
+        """Whether a foreign change of the main table asks for a new look: at our routes, or in their place.
+
+        Other places are remembered, for the day when a route of ours is to go there.
+        """
         if route.protocol == PROTOCOL:
             return not gone or route.prefix in self._routes.actual
-        return route.prefix in (self._foreign if gone else self._routes.desired)
+        if len(self._doubtful) >= _DOUBTFUL_MOST:
+            self._observed = False
+        else:
+            self._doubtful.add(route.prefix)
+        return route.prefix in self._routes.desired
 
     def _decide(self, learned: Mapping[str, str], changed: Iterable[str] | None, around: Surroundings) -> None:
         if changed is None or around != self._around:
@@ -118,7 +130,8 @@ class RouteSync:
                     self._routes.set_desired(decision.prefix, decision.route)
 
     def _observe(self) -> None:
-        actual = self._driver.observe(self._routes.desired)
+        self._doubtful.clear()
+        actual = self._driver.observe()
         self._routes.replace_actual(actual.ours)
         self._strays, self._foreign = actual.strays, actual.foreign
         self._observed = True
