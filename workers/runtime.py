@@ -271,9 +271,10 @@ class Loop:
         self.send_heartbeat()
 
     def _report(self, outcome: Outcome, seconds: float) -> None:
-        lines = {*map(str, outcome.failures), *outcome.warnings}
+        failures = {*map(str, outcome.failures)}
+        lines = failures | set(outcome.warnings)
         for line in sorted(lines - self._said):
-            (log.error if line in map(str, outcome.failures) else log.warning)("%s", line)
+            (log.error if line in failures else log.warning)("%s", line)
         self._said = lines
         for notice in outcome.notices:
             identity = (notice.kind, notice.namespace, notice.name, notice.uid, notice.reason, notice.text)
