@@ -34,12 +34,15 @@ def inside(netns: Namespace) -> Iterator[Namespace]:
 
 
 def test_links_addresses_and_routes_are_told_with_who_did_it(inside: Namespace) -> None:
-    listener, driver = RouteListener(), RouteDriver()
+    driver = RouteDriver()
+    listener, deaf = RouteListener(), RouteListener({driver.portid})
     driver.apply(RoutePlan(add=((Prefix("10.5.0.0/16"), Route("10.0.0.2")),)))
     inside.run("ip -6 address add fd00::1/64 dev x nodad; ip route del 10.5.0.0/16; ip link set x down")
     events = list(listener.events())
     routes = [event for event in events if isinstance(event, RouteEvent) and event.route.prefix == "10.5.0.0/16"]
     assert [(event.gone, event.portid == driver.portid) for event in routes] == [(False, True), (True, False)]
+    heard = [event for event in deaf.events() if isinstance(event, RouteEvent) and event.route.prefix == "10.5.0.0/16"]
+    assert heard == routes[1:]
     assert any(isinstance(event, AddressEvent) and str(event.address) == "fd00::1/64" for event in events)
     assert any(isinstance(event, LinkEvent) and event.link.name == "x" and not event.link.up for event in events)
     assert list(listener.events()) == []

@@ -23,7 +23,7 @@ import contextlib
 import ctypes
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -82,10 +82,11 @@ RouteListenerEvent = LinkEvent | AddressEvent | RouteEvent | Lost
 
 
 class RouteListener:
-    """Events of links, addresses and routes of both families."""
+    """Events of links, addresses and routes of both families; not of what the sockets ``own`` (port ids) did."""
 
-    def __init__(self, groups: tuple[int, ...] = ROUTE_GROUPS) -> None:
-        self._netlink = NetlinkSocket(NETLINK_ROUTE, groups, LISTEN_BYTES)
+    def __init__(self, own: Container[int] = ()) -> None:
+        self._own = own
+        self._netlink = NetlinkSocket(NETLINK_ROUTE, ROUTE_GROUPS, LISTEN_BYTES)
 
     def fileno(self) -> int:
         """For poll."""
@@ -100,7 +101,7 @@ class RouteListener:
         while True:
             try:
                 for message in self._netlink.events():
-                    event = _route_event(message)
+                    event = None if message.portid in self._own else _route_event(message)
                     if event is not None:
                         yield event
                 return
@@ -239,7 +240,3 @@ def _get_info(descriptor: int, level: int, table: str) -> bytes:
         number = ctypes.get_errno()
         raise OSError(number, f"{table}: {os.strerror(number)}")
     return buffer.raw[32 : length.value]
-
-
-Drain = Callable[[], bool]
-"""Reads what is waiting on a descriptor; True when the owner must act."""

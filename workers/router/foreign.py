@@ -57,12 +57,12 @@ class ForeignChanges:
         sets_differ: Callable[[], bool],
         rules_differ: Callable[[], bool],
     ) -> None:
-        self._own_sockets, self._route_concerns = own_sockets, route_concerns
+        self._route_concerns = route_concerns
         self._sets_differ, self._rules_differ = sets_differ, rules_differ
         self._suspects = Suspects(True, True, True, True)
         self._links: dict[int, Link] = {}
         self._addresses: frozenset[IPAddress] = frozenset()
-        self._routes, self._nft, self._tick = RouteListener(), NftListener(), Tick()
+        self._routes, self._nft, self._tick = RouteListener(own_sockets), NftListener(), Tick()
 
     def close(self) -> None:
         """Stop listening."""
@@ -103,9 +103,7 @@ class ForeignChanges:
 
     def _route_matters(self, event: RouteEvent) -> bool:
         route = event.route
-        if event.portid in self._own_sockets or route.table != MAIN_TABLE or route.cloned:
-            return False
-        return self._route_concerns(route, event.gone)
+        return route.table == MAIN_TABLE and not route.cloned and self._route_concerns(route, event.gone)
 
     def _link_matters(self, event: RouteListenerEvent) -> bool:
         if isinstance(event, AddressEvent):

@@ -24,13 +24,6 @@ from kube_router.workers.model import Family, IPAddress, IPNetwork
 from kube_router.workers.nodefacts import NodeFacts
 from kube_router.workers.routefacts import ActualRoutes, Prefix, Route, RoutePlan
 
-_NEVER = tuple(
-    map(
-        ipaddress.ip_network,
-        ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3", "::/127", "fe80::/10", "ff00::/8"),
-    )
-)
-
 
 class Injection(enum.Enum):
     """How a learned route reaches the kernel."""
@@ -75,58 +68,98 @@ def surroundings(own: NodeFacts, links: Links, families: tuple[Family, ...]) -> 
     return Surroundings(tuple(subnets), own.pod_cidrs, families)
 
 
+class Decider:
+    """Decides routes in one set of surroundings; next hops, of which there are few, are judged once each."""
+
+    def __init__(self, around: Surroundings) -> None:
+        self.around = around
+        self._next_hops: dict[str, _NextHop] = {}
+        self._pod_cidrs = tuple(map(_range, around.pod_cidrs))
+        self._subnets = tuple((int(address), _range(subnet)) for address, subnet in around.subnets)
+
+    def decide(self, prefix: str, next_hop: str) -> Decision:
+        """Decide one learned route; bad text of a prefix or next hop is a reason, never an exception."""
+        hop = self._next_hops.get(next_hop)
+        if hop is None:
+            hop = self._next_hops[next_hop] = self._judge(next_hop)
+        try:
+            network = ipaddress.ip_network(prefix, strict=False)
+        except ValueError as error:
+            return Decision(Injection.NONE, Prefix(prefix), None, f"not understood: {error}")
+        canonical = Prefix(str(network))
+        reason = self._refusal(network, hop) or hop.reason
+        # Injection.TUNNEL belongs here, by --enable-overlay and --overlay-type.
+        if reason or hop.route is None:
+            return Decision(Injection.NONE, canonical, None, reason)
+        return Decision(Injection.DIRECT, canonical, hop.route)
+
+    def _judge(self, next_hop: str) -> _NextHop:
+        try:
+            gateway = ipaddress.ip_address(next_hop)
+        except ValueError as error:
+            return _NextHop(0, None, f"not understood: {error}")
+        if any(gateway in subnet and gateway != address for address, subnet in self.around.subnets):
+            return _NextHop(gateway.version, Route(str(gateway)))
+        reason = f"next hop {gateway} is on no subnet of this node's addresses, and tunnels are not built yet"
+        return _NextHop(gateway.version, None, reason)
+
+    def _refusal(self, network: IPNetwork, hop: _NextHop) -> str:
+        version, prefix_length = network.version, network.prefixlen
+        if hop.version == 0:
+            return hop.reason
+        if version != hop.version:
+            return "its next hop is of another family"
+        if version not in self.around.families:
+            return f"{Family(version)} is not enabled"
+        if prefix_length == 0:
+            return "a default route is never injected"
+        first = int(network.network_address)
+        if any(each.holds(version, first, prefix_length) for each in _NEVER):
+            return "not a range for unicast routes"
+        if any(each.holds(version, first, prefix_length) for each in self._pod_cidrs):
+            return "it is inside this node's own pod CIDR"
+        size = 1 << (network.max_prefixlen - prefix_length)
+        for address, subnet in self._subnets:
+            if first <= address < first + size and subnet.holds(version, first, prefix_length):
+                return "it would take this node's own address away"
+        return ""
+
+
+class _NextHop(NamedTuple):
+    """What is known of a next hop: ``version`` 0 if it is no address; ``route`` None if it cannot be reached."""
+
+    version: int
+    route: Route | None
+    reason: str = ""
+
+
+class _Range(NamedTuple):
+    """A network as numbers: comparing thousands of prefixes with `ipaddress` objects takes most of a second."""
+
+    version: int
+    prefix_length: int
+    shift: int
+    value: int
+
+    def holds(self, version: int, first: int, prefix_length: int) -> bool:
+        """Whether the prefix that begins at ``first`` is this range or a part of it."""
+        return version == self.version and prefix_length >= self.prefix_length and first >> self.shift == self.value
+
+
+def _range(network: IPNetwork) -> _Range:
+    shift = network.max_prefixlen - network.prefixlen
+    return _Range(network.version, network.prefixlen, shift, int(network.network_address) >> shift)
+
+
+_NEVER = tuple(
+    _range(ipaddress.ip_network(text))
+    for text in ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3", "::/127", "fe80::/10", "ff00::/8")
+)
+
+
 def decide(prefix: str, next_hop: str, around: Surroundings) -> Decision:
-    """Decide one learned route; bad text of a prefix or next hop is a reason, never an exception."""
-    try:
-        network = ipaddress.ip_network(prefix, strict=False)
-        gateway = ipaddress.ip_address(next_hop)
-    except ValueError as error:
-        return Decision(Injection.NONE, Prefix(prefix), None, f"not understood: {error}")
-    canonical = Prefix(str(network))
-    reason = _refusal(network, gateway, around)
-    if reason:
-        return Decision(Injection.NONE, canonical, None, reason)
-    if on_own_subnet(gateway, around):
-        return Decision(Injection.DIRECT, canonical, Route(str(gateway)))
-    # Injection.TUNNEL belongs here, by --enable-overlay and --overlay-type.
-    return Decision(
-        Injection.NONE,
-        canonical,
-        None,
-        f"next hop {gateway} is on no subnet of this node's addresses, and tunnels are not built yet",
-    )
-
-
-def on_own_subnet(gateway: IPAddress, around: Surroundings) -> bool:
-    """Whether a next hop can be reached without a router; an own address is no next hop."""
-    return any(gateway in subnet and gateway != address for address, subnet in around.subnets)
-
-
-def _refusal(network: IPNetwork, gateway: IPAddress, around: Surroundings) -> str:
-    if network.version != gateway.version:
-        return f"next hop {gateway} is of another family"
-    if network.version not in around.families:
-        return f"{Family(network.version)} is not enabled"
-    if network.prefixlen == 0:
-        return "a default route is never injected"
-    if any(_within(network, never) for never in _NEVER):
-        return "not a range for unicast routes"
-    for cidr in around.pod_cidrs:
-        if _within(network, cidr):
-            return f"it is inside this node's own pod CIDR {cidr}"
-    for address, subnet in around.subnets:
-        if address in network and _within(network, subnet):
-            return f"it would take this node's own address {address} away"
-    return ""
-
-
-def _within(network: IPNetwork, other: IPNetwork) -> bool:
-    return network.version == other.version and network.subnet_of(other)  # type: ignore[arg-type]
-
-
-def desired_routes(learned: Mapping[str, str], around: Surroundings) -> dict[str, Decision]:
-    """The decision of every learned route, by the prefix as it was learned."""
-    return {prefix: decide(prefix, next_hop, around) for prefix, next_hop in learned.items()}
+    """One decision by itself: see `Decider.decide`."""
+    return Decider(around).decide(prefix, next_hop)
 
 
 def plan_routes(

@@ -16,10 +16,9 @@ from kube_router.workers.kernel.routes import PROTOCOL, AppliedRoutes, KernelRou
 from kube_router.workers.model import Failure
 from kube_router.workers.routefacts import ActualRoutes, Prefix, Route, RoutePlan, Stray
 from kube_router.workers.router.routes import (
+    Decider,
     Decision,
     Surroundings,
-    decide,
-    desired_routes,
     plan_routes,
     refusals,
 )
@@ -55,7 +54,8 @@ class RouteSync:
 
     def __init__(self, driver: Routes) -> None:
         self._driver = driver
-        self._around = Surroundings()
+        self._decider = Decider(Surroundings())
+        self._next_hops: dict[str, str] = {}
         self._decisions: dict[str, Decision] = {}
         self._routes: DeltaTracker[Prefix, Route] = DeltaTracker()
         self._observed = False
@@ -112,20 +112,25 @@ class RouteSync:
         return route.prefix in self._routes.desired
 
     def _decide(self, learned: Mapping[str, str], changed: Iterable[str] | None, around: Surroundings) -> None:
-        if changed is None or around != self._around:
-            self._around = around
-            self._decisions = desired_routes(learned, around)
-            self._routes.replace_desired(
-                {each.prefix: each.route for each in self._decisions.values() if each.route is not None}
-            )
-            return
+        """Decide what differs from the last call; ``changed`` None: find that out, by comparing all."""
+        if around != self._decider.around:
+            self._decider = Decider(around)
+            self._next_hops.clear()
+            changed = None
+        if changed is None:
+            before = self._next_hops.keys() | self._decisions.keys()
+            changed = {prefix for prefix in learned if self._next_hops.get(prefix) != learned[prefix]}
+            changed |= before - learned.keys()
+        changed = tuple(changed)
         for prefix in changed:
-            before = self._decisions.pop(prefix, None)
-            if before is not None:
-                self._routes.delete_desired(before.prefix)
+            self._next_hops.pop(prefix, None)
+            old = self._decisions.pop(prefix, None)
+            if old is not None:
+                self._routes.delete_desired(old.prefix)
         for prefix in changed:
             if prefix in learned:
-                decision = self._decisions[prefix] = decide(prefix, learned[prefix], around)
+                self._next_hops[prefix] = learned[prefix]
+                decision = self._decisions[prefix] = self._decider.decide(prefix, learned[prefix])
                 if decision.route is not None:
                     self._routes.set_desired(decision.prefix, decision.route)
 
