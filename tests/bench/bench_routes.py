@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 from run import Baseline, Result, median_of
-from support.namespaces import NetworkNamespace, network_namespace
+from support.namespaces import Namespace, namespaces
 
 from kube_router.ipc.messages import Node, NodeAddress
 from kube_router.workers.kernel.routes import RouteDriver
@@ -30,7 +30,7 @@ def prefixes(count: int = COUNT) -> dict[str, str]:
     return {**dict.fromkeys(v4, GATEWAYS[Family.IPV4]), **dict.fromkeys(v6, GATEWAYS[Family.IPV6])}
 
 
-def prepare(namespace: NetworkNamespace) -> None:
+def prepare(namespace: Namespace) -> None:
     """A node with one link: its peer end stays in the same namespace, nothing is sent."""
     namespace.run("ip link add eth0 type veth peer name far")
     namespace.run("ip link set far up")
@@ -39,7 +39,7 @@ def prepare(namespace: NetworkNamespace) -> None:
     namespace.run("ip link set eth0 up")
 
 
-def flush(namespace: NetworkNamespace) -> None:
+def flush(namespace: Namespace) -> None:
     namespace.run("ip -4 route flush proto 17")
     namespace.run("ip -6 route flush proto 17")
 
@@ -48,7 +48,7 @@ def run() -> Iterator[Result]:
     """10,000 routes by the driver against ``ip -batch``; one change and 10,000 through the dataplane."""
     learned = prefixes()
     plan = RoutePlan(add=tuple((Prefix(prefix), Route(gateway)) for prefix, gateway in learned.items()))
-    with network_namespace() as namespace:
+    with namespaces() as (namespace,):
         prepare(namespace)
 
         def driver() -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -16,6 +17,10 @@ from lab.cluster import Lab, wait_until
 from lab.pings import SteadyPing, matrix
 from lab.topology import EXTERNAL_HOSTS, NODES, node_manifest
 from support.labstate import dataplane, output, pod_routes, rules
+
+NOBODYS = re.compile(r" lladdr |^# new generation|^\d+: veth|^\s+link/ether")
+"""What the kernel tells by itself: neighbour entries, and the bridge's own notes about the state of pods' ports."""
+
 
 def pid_of(lab: Lab, node: str, worker: str) -> int:
     return int(demo.workers_of(lab.status(node))[worker]["pid"])  # type: ignore[call-overload]
@@ -42,11 +47,7 @@ def kernel_writes(lab: Lab, node: str) -> Iterator[list[str]]:
         for watcher in watchers:
             watcher.terminate()
             text, _ = watcher.communicate(timeout=10)
-            seen += [line for line in text.splitlines() if line.strip() and not _is_neighbour_noise(line)]
-
-
-def _is_neighbour_noise(line: str) -> bool:
-    return " lladdr " in line or line.strip().startswith("# new generation")
+            seen += [line for line in text.splitlines() if line.strip() and not NOBODYS.search(line)]
 
 
 def test_every_pod_reaches_every_pod_and_the_external_host(lab: Lab) -> None:
@@ -155,6 +156,7 @@ def test_a_changed_pod_cidr_is_followed_everywhere_without_a_restart(lab: Lab) -
     changed = json.loads(json.dumps(manifest))
     changed["spec"]["podCIDRs"] = ["10.244.22.0/24", "fd00:244:22::/64"]
     changed["spec"]["podCIDR"] = "10.244.22.0/24"
+    lab.delete_pod("node2-pod1")
     try:
         lab.write_manifest("node2", changed)
 
@@ -170,9 +172,14 @@ def test_a_changed_pod_cidr_is_followed_everywhere_without_a_restart(lab: Lab) -
             )
 
         assert wait_until(followed, 15), pod_routes(lab, "node1")
+        assert lab.add_pod("node2", 2).addresses[0].startswith("10.244.22.")
+        assert wait_until(lambda: all(cell.ok for cell in matrix(lab)), 10)
+        lab.delete_pod("node2-pod2")
     finally:
         lab.write_manifest("node2", manifest)
     assert wait_until(lambda: any(r.startswith("10.244.2.0/24 via") for r in pod_routes(lab, "node1")), 15)
+    assert wait_until(lambda: "10.244.2.0/24" in lab.conf_file("node2").read_text(), 15)
+    lab.add_pod("node2")
     assert {name: worker["pid"] for name, worker in demo.workers_of(lab.status("node2")).items()} == pids
 
 

@@ -34,8 +34,8 @@ def dataplane(lab: Lab, node: str) -> dict[str, str]:
 
 
 def rules(text: str) -> str:
-    """The rules of an iptables-save text, without tables, counters and comments."""
-    return "\n".join(line for line in text.splitlines() if line.startswith("-A"))
+    """The rules of an iptables-save text, sorted: without tables, counters, comments and positions."""
+    return "\n".join(sorted(line for line in text.splitlines() if line.startswith("-A")))
 
 
 def log_since(lab: Lab, node: str, mark: int) -> list[str]:

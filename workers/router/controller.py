@@ -44,7 +44,7 @@ class RouterController:
         self._seen: Mapping[Key, Node] | None = None
         self._dataplane_woken = False
         self._dataplane_failed = True
-        self._held = True
+        self._held = (True, True)
         self._full_at = self._bgp_full_at = 0.0
         self._routes_synced: float | None = None
 
@@ -111,10 +111,10 @@ class RouterController:
 
     def _sync_dataplane(self, own: NodeFacts, trigger: Trigger, keep: bool) -> Outcome:
         now = self._clock.monotonic()
-        hold = keep or self._bgp.hold_deletions
+        learning = self._bgp.hold_deletions
         due = now >= self._full_at
         changed: frozenset[str] | None = self._bgp.take_changed()
-        if due or trigger.start or self._dataplane_failed or hold != self._held:
+        if due or trigger.start or self._dataplane_failed or (keep, learning) != self._held:
             changed = None
         own_trigger = Trigger(
             start=trigger.start,
@@ -125,9 +125,9 @@ class RouterController:
             changes=trigger.changes,
         )
         self._dataplane_failed = True
-        outcome = self._dataplane.reconcile(own, self._nodes, self._bgp.learned, changed, own_trigger, hold)
+        outcome = self._dataplane.reconcile(own, self._nodes, self._bgp.learned, changed, own_trigger, keep, learning)
         self._dataplane_failed = bool(outcome.failures)
-        self._dataplane_woken, self._held = False, hold
+        self._dataplane_woken, self._held = False, (keep, learning)
         if not outcome.failures:
             self._routes_synced = self._clock.time()
         if due:

@@ -97,11 +97,13 @@ class Dataplane:
         changed: frozenset[str] | None,
         trigger: Trigger,
         hold_deletions: bool,
+        hold_routes: bool = False,
     ) -> Outcome:
         """Bring the kernel to what nodes and learned routes (prefix → next hop) ask for.
 
         ``changed``: the prefixes that differ from the last call, None for "compare all". ``hold_deletions``: nothing
-        is removed on the word of this state (a stale snapshot, or a BGP daemon that is still learning).
+        is removed on the word of this state (a stale snapshot). ``hold_routes``: no route is removed (a BGP daemon that
+        is still learning knows nothing about the sets, which come from the Nodes).
         """
         if trigger.start or trigger.period or trigger.retry:
             self._foreign.suspect_all()
@@ -110,7 +112,7 @@ class Dataplane:
         self._sync_links(own, suspects, result)
         self._sync_sets(tuple(nodes), suspects, hold_deletions, result)
         self._sync_rules(suspects, hold_deletions, result)
-        self._sync_routes(learned, changed, suspects, hold_deletions, result)
+        self._sync_routes(learned, changed, suspects, hold_deletions or hold_routes, result)
         return result.outcome()
 
     def _sync_links(self, own: NodeFacts, suspects: Suspects, result: Collected) -> None:
