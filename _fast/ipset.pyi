@@ -24,8 +24,8 @@ def adt_payloads(packed: bytes, family: int, with_cidr: bool, max_bytes: int = 6
     address in network order and, if ``with_cidr`` (hash:net), IPSET_ATTR_CIDR. Entries carry no timeout: the set's own
     default holds. No member, no payload.
 
-    ValueError for ``max_bytes`` above 65535, the most that an attribute can be, or too small for one entry; for a prefix
-    in a set without prefixes, which the kernel would spread into single addresses; and for prefix length 0, which
+    ValueError for ``max_bytes`` above 65535, the most that an attribute can be, or too small for one entry; for a
+    prefix in a set without prefixes, which the kernel would spread into single addresses; and for prefix length 0, which
     hash:net refuses (``0.0.0.0/0`` has to be given as ``0.0.0.0/1`` and ``128.0.0.0/1``).
     """
 

@@ -75,9 +75,7 @@ def adt_payloads(packed: bytes, family: int, with_cidr: bool, max_bytes: int = 6
     if not 4 + size <= max_bytes <= 0xFFFF:
         raise ValueError("max_bytes")
     most = (max_bytes - 4) // size
-    return [
-        attribute(NESTED | ATTR_ADT, b"".join(entries[at : at + most])) for at in range(0, len(entries), most)
-    ]
+    return [attribute(NESTED | ATTR_ADT, b"".join(entries[at : at + most])) for at in range(0, len(entries), most)]
 
 
 def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
