@@ -25,8 +25,8 @@ def adt_payloads(packed: bytes, family: int, with_cidr: bool, max_bytes: int = 6
     default holds. No member, no payload.
 
     ValueError for ``max_bytes`` above 65535, the most that an attribute can be, or too small for one entry; for a
-    prefix in a set without prefixes, which the kernel would spread into single addresses; and for prefix length 0, which
-    hash:net refuses (``0.0.0.0/0`` has to be given as ``0.0.0.0/1`` and ``128.0.0.0/1``).
+    prefix in a set without prefixes, which the kernel would spread into single addresses; and for prefix length 0,
+    which hash:net refuses (``0.0.0.0/0`` has to be given as ``0.0.0.0/1`` and ``128.0.0.0/1``).
     """
 
 def parse_adt(messages: Iterable[bytes], family: int) -> bytes:

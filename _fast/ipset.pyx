@@ -4,7 +4,7 @@
 Pure: the bytes that go to and come from the kernel, no socket. Format: ``linux/netfilter/ipset/ip_set.h``.
 
 A packed set is one ``bytes``: a record a member, its address in network order (4 or 16 bytes) and its prefix length
-(1 byte), sorted as bytes, each once. So two sets are compared by one merge over two buffers, without an object a member.
+(1 byte), sorted as bytes, each once. So two sets are compared by one merge over two buffers, and no object a member.
 """
 
 from collections.abc import Iterable
@@ -129,8 +129,10 @@ cdef bint parse_member(const char* text, Py_ssize_t length, int family, uint8_t*
 
 cdef object record_text(const uint8_t* record, int size):
     cdef char[46] text
+    cdef str address
     inet_ntop(AF_INET if size == 4 else AF_INET6, record, text, 46)
-    return (<bytes>text).decode("ascii") if record[size] == size * 8 else f"{(<bytes>text).decode('ascii')}/{record[size]}"
+    address = (<bytes>text).decode("ascii")
+    return address if record[size] == size * 8 else f"{address}/{record[size]}"
 
 
 cdef Py_ssize_t record_count(bytes packed, int size, str name) except -1:
@@ -242,9 +244,11 @@ cdef int check_storable(const uint8_t* data, Py_ssize_t count, int size, bint wi
     cdef Py_ssize_t i
     for i in range(count):
         if with_cidr and record[size] == 0:
-            raise ValueError(f"ipset member {record_text(record, size)}: hash:net has no prefix length 0, use two halves")
+            text = record_text(record, size)
+            raise ValueError(f"ipset member {text}: hash:net has no prefix length 0, use two halves")
         if not with_cidr and record[size] != size * 8:
-            raise ValueError(f"ipset member {record_text(record, size)}: a set without prefixes holds single addresses only")
+            text = record_text(record, size)
+            raise ValueError(f"ipset member {text}: a set without prefixes holds single addresses only")
         record += size + 1
     return 0
 
@@ -305,7 +309,7 @@ cdef int read_address(const uint8_t* at, Py_ssize_t length, int size, uint8_t* r
 
 
 cdef int read_entry(const uint8_t* at, Py_ssize_t length, int size, Records* records) except -1:
-    """Read one IPSET_ATTR_DATA attribute; attributes that are no part of the member (timeout, counters) are passed by."""
+    """Read one IPSET_ATTR_DATA attribute; what is no part of the member (timeout, counters) is passed by."""
     cdef uint8_t[17] record
     cdef const uint8_t* end = at + length
     cdef Py_ssize_t inner

@@ -10,10 +10,10 @@ choose, and a collision would leave an old rule in the kernel: a fast hash witho
 collide.
 
 Measured against hashlib (10,000 rules of 150 bytes, 2-core VM): 0.25-0.3 µs a rule, about 1.5 times as fast as feeding
-hashlib's BLAKE2b rule by rule; the rest is compression, at the speed of CPython's own. hashlib's SHA-256 over one joined
-text is as fast or, on a processor with SHA instructions and for short chains, faster. It is not used because a joined
-text is not injective, and because importing hashlib maps OpenSSL's libcrypto: 2-4 MB in each worker that needs it for
-nothing else.
+hashlib's BLAKE2b rule by rule; the rest is compression, at the speed of CPython's own. hashlib's SHA-256 over one
+joined text is as fast or, on a processor with SHA instructions and for short chains, faster. It is not used because a
+joined text is not injective, and because importing hashlib maps OpenSSL's libcrypto: 2-4 MB in each worker that needs
+it for nothing else.
 """
 
 from collections.abc import Mapping, Sequence
