@@ -35,7 +35,9 @@ import msgspec
 from kube_router.ipc.channels import HeartbeatSender, NoticeSender, Pollable, Poller, shut_down
 from kube_router.ipc.messages import Heartbeat, Kind
 from kube_router.ipc.replica import Changes, Cluster, Replica
+from kube_router.workers import logs
 from kube_router.workers.model import Failure, Outcome
+from kube_router.workers.settings import Settings, load_settings
 
 log = logging.getLogger(__name__)
 
@@ -394,3 +396,19 @@ def run(controller: Controller, pace: Pace | None = None) -> int:
     log.info("stopped")
     sys.stdout.flush()
     return 0
+
+
+def main(name: str, make: Callable[[Settings], Controller]) -> int:
+    """What every worker process does: read the settings, set up its log, make its controller, `run`.
+
+    A controller that cannot be made (a socket that the kernel refuses, for want of a capability) is one line in the log
+    and status 1: the supervisor tries again, with back-off.
+    """
+    settings = load_settings()
+    logs.configure(name, settings)
+    try:
+        controller = make(settings)
+    except OSError as error:
+        log.error("cannot start: %s (%s)", error, privileges())
+        return 1
+    return run(controller)

@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -34,9 +35,16 @@ SUPERVISORCTL = (sys.executable, "-P", "-m", "supervisor.supervisorctl")
 
 
 @pytest.fixture
-def agent(tmp_path: Path) -> Iterator[Agent]:
-    tmp_path.chmod(0o755)
-    with new_agent(tmp_path) as made:
+def folder() -> Iterator[Path]:
+    """A folder that every user can enter, which pytest's own are not."""
+    with tempfile.TemporaryDirectory(prefix="krt-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.fixture
+def agent(folder: Path) -> Iterator[Agent]:
+    with new_agent(folder) as made:
         yield made
 
 
@@ -82,8 +90,8 @@ def test_all_programs_write_to_one_stream(agent: Agent, stdout: str) -> None:
     assert wait_until(lambda: "router: ended: exit status 0" in text()), text()
 
 
-def test_a_json_stream_is_json_in_every_line(tmp_path: Path) -> None:
-    with new_agent(tmp_path, log_format="json") as agent:
+def test_a_json_stream_is_json_in_every_line(folder: Path) -> None:
+    with new_agent(folder, log_format="json") as agent:
         agent.script("router", 'print(\'{"time":"x","level":"info","worker":"router","message":"mine"}\')\n' + GOOD)
         agent.script("gobgpd", 'print(\'{"level":"warning","msg":"theirs","Key":"a"}\')\n' + GOOD)
         agent.script("cni", 'print("boom")\nsys.exit(3)\n')
@@ -206,8 +214,8 @@ def test_workers_that_obey_are_stopped_together(agent: Agent) -> None:
 
 
 @pytest.mark.parametrize("graceful", [False, True])
-def test_gobgpd_is_told_to_stop_unless_its_peers_shall_keep_the_routes(tmp_path: Path, graceful: bool) -> None:
-    with new_agent(tmp_path, bgp_graceful_restart=graceful) as agent:
+def test_gobgpd_is_told_to_stop_unless_its_peers_shall_keep_the_routes(folder: Path, graceful: bool) -> None:
+    with new_agent(folder, bgp_graceful_restart=graceful) as agent:
         agent.script("gobgpd", GOOD)
         agent.script("router", GOOD)
         agent.start()
