@@ -45,12 +45,16 @@ bench:
 	@$(MAKE) --no-print-directory setup-test
 	@$(RUN) tests/bench/run.py --out build/bench.json $(if $(ONLY),--only $(ONLY))
 
+# All of them run, also after one has failed.
 lint: types-tree
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
-	PYTHONPATH=build/imports .venv/bin/lint-imports --no-cache
-	.venv/bin/mypy -p kube_router
-	.venv/bin/mypy setup.py deploy tests
+	@failed=; \
+	check() { echo "lint: $$*"; "$$@" || failed="$$failed $${1##*/}"; }; \
+	check .venv/bin/ruff check --output-format=concise .; \
+	check .venv/bin/ruff format --check .; \
+	PYTHONPATH=build/imports check .venv/bin/lint-imports --no-cache --no-logo; \
+	check .venv/bin/mypy -p kube_router; \
+	check .venv/bin/mypy setup.py deploy tests; \
+	[ -z "$$failed" ] || { echo "lint: failed:$$failed" >&2; exit 1; }
 
 setup-demo:
 	@deploy/setup/apt.sh demo
