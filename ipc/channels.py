@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar, Protocol, TypeVar
+from typing import ClassVar, Protocol, Self, TypeVar
 
 import msgspec
 import zmq
@@ -130,14 +130,14 @@ class Channel:
         return f"/proc/self/fd/{self._directory}/{self.name}"
 
     def close(self) -> None:
-        """Close the socket; a bound one removes its file."""
+        """Close the socket. The file of a bound one stays; the next one to bind replaces it."""
         if not self.socket.closed:
             self.socket.close()
         if self._directory is not None:
             os.close(self._directory)
             self._directory = None
 
-    def __enter__(self) -> Channel:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -335,7 +335,6 @@ def request_status(ipc_dir: Path | str, timeout: float = 2.0) -> StatusReply:
     """
     os.stat(ipc_dir)
     with _StatusClient(ipc_dir) as client:
-        assert isinstance(client, _StatusClient)
         return client.ask(timeout)
 
 
@@ -388,6 +387,7 @@ class DeltaSender(Channel):
     """The watcher's end of the delta socket. XPUB, to see when a new subscriber begins to hear."""
 
     name, pattern, binds, send_queue = DELTAS, zmq.XPUB, True, DELTA_QUEUE
+    receive_bytes = 256  # subscriptions; libzmq walks a topic recursively, byte by byte
 
     def _set_options(self) -> None:
         super()._set_options()

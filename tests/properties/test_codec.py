@@ -6,11 +6,12 @@ import gc
 import math
 from typing import Any
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 import msgspec
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from support.message_strategies import structs
 
 from kube_router.ipc import codec
 from kube_router.ipc.codec import BadMessage, decode, encode
@@ -34,7 +35,6 @@ from kube_router.ipc.messages import (
     StatusReply,
     StatusRequest,
 )
-from support.message_strategies import structs
 
 MESSAGES: list[type[Message]] = [
     SnapshotRequest,
