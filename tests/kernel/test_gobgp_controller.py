@@ -47,9 +47,11 @@ class Driven:
         dataplane: Any = self.controller._dataplane
         inner = dataplane.reconcile
 
-        def recorded(own: Any, nodes: Any, learned: Any, changed: Any, trigger: Any, hold: bool) -> Outcome:
-            self.asked.append((changed, hold))
-            return inner(own, nodes, learned, changed, trigger, hold)  # type: ignore[no-any-return]
+        def recorded(
+            own: Any, nodes: Any, learned: Any, changed: Any, trigger: Any, keep: bool, learning: bool
+        ) -> Outcome:
+            self.asked.append((changed, keep or learning))
+            return inner(own, nodes, learned, changed, trigger, keep, learning)  # type: ignore[no-any-return]
 
         dataplane.reconcile = recorded
 

@@ -52,7 +52,7 @@ class Daemon:
     def start(self) -> None:
         """Start it, and again whenever it ends."""
         self._thread.start()
-        wait_for(lambda: self.socket.exists(), 10, f"{self.socket} appears")
+        wait_for(self.socket.exists, 10, f"{self.socket} appears")
 
     def _supervise(self) -> None:
         arguments = [str(BINARIES[self.generation]), f"--api-hosts=unix://{self.socket}", "--pprof-disable"]
@@ -199,7 +199,7 @@ class Outsider:
 
     def turn(self) -> None:
         """Take what has come."""
-        self.rib.apply(self._watch.take().routes)
+        self.rib.apply(self._watch.take().routes.values())
         self.ever |= self.rib.routes.keys()
 
     def routes(self) -> dict[str, str]:

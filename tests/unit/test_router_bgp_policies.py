@@ -108,5 +108,5 @@ def test_merging_takes_nothing_away() -> None:
     both = merged(before, after)
     for prefix in ("10.244.1.0/24", "10.244.7.0/24", "fd00:1::/64"):
         for neighbor in ("10.0.0.2", "10.0.0.3", "10.0.1.1"):
-            assert exported(both, prefix, neighbor) or neighbor == "10.0.1.1" and prefix == "10.244.7.0/24"
+            assert exported(both, prefix, neighbor) or (neighbor == "10.0.1.1" and prefix == "10.244.7.0/24")
     assert merged(before, before) == before

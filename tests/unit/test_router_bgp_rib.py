@@ -40,6 +40,19 @@ def test_an_own_path_that_becomes_best_takes_the_learned_one_out() -> None:
     assert rib.take() == {"10.1.0.0/16"}
 
 
+def test_own_paths_are_kept_apart_and_belong_to_one_watch() -> None:
+    rib = Rib()
+    rib.apply([RouteEvent("10.1.0.0/16", "10.0.0.1", True), RouteEvent("10.2.0.0/16", "10.0.0.1", True)])
+    assert dict(rib.local) == {"10.1.0.0/16": "10.0.0.1", "10.2.0.0/16": "10.0.0.1"}
+    assert (dict(rib.routes), rib.take()) == ({}, frozenset())
+    rib.apply([RouteEvent("10.1.0.0/16", None, True), learned("10.2.0.0/16", "10.0.0.2")])
+    assert dict(rib.local) == {}
+    assert dict(rib.routes) == {"10.2.0.0/16": "10.0.0.2"}
+    rib.apply([RouteEvent("10.3.0.0/16", "10.0.0.1", True)])
+    rib.restart()
+    assert dict(rib.local) == {}
+
+
 def test_a_new_watch_keeps_all_until_its_table_is_complete() -> None:
     rib = Rib()
     rib.apply([learned("10.1.0.0/16", "10.0.0.2"), learned("10.2.0.0/16", "10.0.0.2")])

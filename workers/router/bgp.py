@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,8 @@ PATIENCE_SECONDS = 5.0
 RECONNECT_FIRST_SECONDS, RECONNECT_MOST_SECONDS = 0.1, 1.0
 EMPTY_TABLE_SECONDS = 0.5
 """After the watch's end mark: no table message so long after it means that the table is empty."""
+TABLE_SECONDS = 1.0
+"""How long a restarted worker waits for the table of a daemon that it adopts, before it lists the paths itself."""
 QUIET_SECONDS = 1.0
 """No event for so long, with all sessions up, means that the peers have sent what they have."""
 SESSIONS_SECONDS = 5.0
@@ -112,17 +115,17 @@ class Bgp:
             os.eventfd_read(self._eventfd)
         except BlockingIOError:
             return False
-        self._listen()
         return True
 
-    def _listen(self) -> None:
-        """Take in what the watch has read."""
+    def listen(self) -> None:
+        """Take in what the watch has read: `learned` is as new as it can be afterwards."""
         if self._watch is None:
             return
         now = self._clock.monotonic()
         taken = self._watch.take()
-        self._received += self._rib.apply(taken.routes)
-        if taken.routes or taken.peers:
+        self._rib.apply(taken.routes.values())
+        self._received += taken.events
+        if taken.table or taken.peers:
             self._heard_at = now
         self._note_progress(taken, now)
         if taken.peers or taken.table:
@@ -213,11 +216,12 @@ class Bgp:
         them this costs next to nothing.
         """
         work = _Work()
-        self._listen()
+        self.listen()
         try:
             if self._attach(work):
                 assert self._client is not None
                 due = compare or observe or keep != self._compared_with_keep or self._watch is None
+                self._read_table(self._client)
                 if due or (retry and self._failures):
                     self._compare(self._client, own_node, own, nodes, observe, keep, work)
                 self._look_at_sessions(self._client, work)
@@ -227,6 +231,19 @@ class Bgp:
                 self._failures = (Failure("bgp-daemon", f"gobgpd: {error}"),)
             work.retries.append(RECONNECT_FIRST_SECONDS)
         return self._outcome(own, work)
+
+    def _read_table(self, client: Client) -> None:
+        """Begin to watch a daemon that is already running, and wait for its table: it says what originates here."""
+        if self._watch is not None or client.speaker() is None:
+            return
+        self._open_watch(client)
+        deadline = self._clock.monotonic() + TABLE_SECONDS
+        while self._client is client and not self._complete and self._clock.monotonic() < deadline:
+            select.select([self._eventfd], [], [], 0.05)
+            self._drain()
+            self.listen()
+        if self._client is not client:
+            raise GobgpError("gobgpd is gone", gone=True)
 
     def _compare(
         self,
@@ -238,7 +255,10 @@ class Bgp:
         keep: bool,
         work: _Work,
     ) -> None:
-        actual = client.observe() if observe or self._believed is None else self._believed
+        if observe or self._believed is None:
+            actual = client.observe(dict(self._rib.local) if self._complete else None)
+        else:
+            actual = self._believed
         self._desired = desired_bgp(own_node, own, nodes, self._settings, self._secrets, actual)
         wanted = self._desired.state
         plan = diff(actual, wanted, keep=keep)

@@ -32,9 +32,10 @@ class Speaker:
 
 @dataclass(frozen=True, slots=True)
 class Neighbor:
-    """One BGP session to hold. ``asn`` 0: whatever the peer says; ``hold_seconds`` as offered; ``multihop_ttl`` 0: none.
+    """One BGP session to hold.
 
-    ``password`` is the TCP-MD5 key (RFC 2385); it never shows in text.
+    ``asn`` 0: whatever the peer says; ``hold_seconds`` as offered; ``multihop_ttl`` 0: none. ``password`` is the
+    TCP-MD5 key (RFC 2385); it never shows in text.
     """
 
     address: str

@@ -110,6 +110,7 @@ class RouterController:
         self._nodes = tuple(item[1] for item in facts.values())
 
     def _sync_dataplane(self, own: NodeFacts, trigger: Trigger, keep: bool) -> Outcome:
+        self._bgp.listen()
         now = self._clock.monotonic()
         learning = self._bgp.hold_deletions
         due = now >= self._full_at

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class RouteEvent(NamedTuple):
-    """The best path of ``prefix`` changed. ``next_hop`` None: no learned path is best (withdrawn, or our own is)."""
+    """The best path of ``prefix`` changed. ``next_hop`` None: there is none. ``local``: it is (or was) our own."""
 
     prefix: str
     next_hop: str | None
@@ -24,6 +24,7 @@ class Rib:
 
     def __init__(self) -> None:
         self._routes: dict[str, str] = {}
+        self._local: dict[str, str] = {}
         self._changed: set[str] = set()
         self._unconfirmed: set[str] | None = None
 
@@ -32,9 +33,15 @@ class Rib:
         """A live, read-only view: next hop by prefix."""
         return MappingProxyType(self._routes)
 
+    @property
+    def local(self) -> Mapping[str, str]:
+        """The paths that originate here, next hop by prefix, as far as they are best; a live, read-only view."""
+        return MappingProxyType(self._local)
+
     def restart(self) -> None:
         """A new watch begins: all that is held stays until `confirmed`, and goes then unless the watch brought it."""
         self._unconfirmed = set(self._routes)
+        self._local.clear()
 
     def confirmed(self) -> None:
         """The watch has delivered the whole table."""
@@ -47,11 +54,15 @@ class Rib:
         """Take best-path events in order; returns how many there were. An event that changes nothing marks nothing."""
         count = 0
         routes, unconfirmed = self._routes, self._unconfirmed
-        for prefix, next_hop, _ in events:
+        for prefix, next_hop, local in events:
             count += 1
             if unconfirmed is not None:
                 unconfirmed.discard(prefix)
-            if next_hop is None:
+            if local and next_hop is not None:
+                self._local[prefix] = next_hop
+            else:
+                self._local.pop(prefix, None)
+            if next_hop is None or local:
                 if routes.pop(prefix, None) is not None:
                     self._changed.add(prefix)
             elif routes.get(prefix) != next_hop:

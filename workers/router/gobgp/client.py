@@ -12,14 +12,14 @@ import os
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import grpc
 
 from kube_router.ipc.messages import Session
-from kube_router.workers.model import Family, Failure
+from kube_router.workers.model import Failure, Family
 from kube_router.workers.router import names
 from kube_router.workers.router.bgpstate import CLOSED, FRESH, BgpState, Neighbor, Speaker
 from kube_router.workers.router.gobgp import convert, process
@@ -46,6 +46,8 @@ from kube_router.workers.router.plan import (
 CALL_SECONDS = 5.0
 """How long one call may take before the daemon counts as stuck."""
 CHANNEL_OPTIONS = (
+    # The thread that iterates over a stream reads it itself: a third of the time for 10,000 single route events.
+    ("SingleThreadedUnaryStream", 1),
     # A table of 100,000 routes comes in one message; the default limit is 4 MiB.
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -115,8 +117,12 @@ class Client:
         reply = self._call("GetBgp", self._messages.Empty(), self._messages.GetBgpResponse)
         return convert.speaker_of(getattr(reply, "global"))
 
-    def observe(self) -> BgpState:
-        """Everything that a plan compares; raises `GobgpError`."""
+    def observe(self, paths: Mapping[str, str] | None = None) -> BgpState:
+        """Everything that a plan compares; raises `GobgpError`.
+
+        ``paths``: the paths that originate here, if they are known. Otherwise they are looked for in the whole table,
+        which takes 100 µs a learned route.
+        """
         speaker = self.speaker()
         if speaker is None:
             return FRESH
@@ -130,7 +136,7 @@ class Client:
             ),
             export=self._assignment("export"),
             import_=self._assignment("import"),
-            paths=dict(self._local_paths()),
+            paths=dict(self._local_paths() if paths is None else paths),
             neighbors={neighbor.address: neighbor for neighbor in map(convert.neighbor_of, self._peers())},
         )
 

@@ -252,10 +252,10 @@ def route_event(dialect: Dialect, path: Any) -> RouteEvent | None:
     if prefix is None or path.family.safi != UNICAST or path.family.afi not in FAMILY_OF_AFI:
         return None
     local = path.neighbor_ip in LOCAL_ORIGIN
-    if path.is_withdraw or local:
+    if path.is_withdraw:
         return RouteEvent(prefix, None, local)
     next_hop = dialect.next_hop_of(path)
-    return None if next_hop is None else RouteEvent(prefix, next_hop, False)
+    return None if next_hop is None else RouteEvent(prefix, next_hop, local)
 
 
 def _address(text: str) -> str:

@@ -1,7 +1,7 @@
 """The watch on gobgpd: a thread that reads its event stream fast and leaves what it read for the worker's loop.
 
 Touches gobgpd's socket and an eventfd. gobgpd buffers for a slow reader without bound, so the thread only converts and
-queues; the loop takes the queue when the eventfd wakes it.
+keeps, the last event of each prefix; the loop takes that when it comes to it. Memory is bounded by the table's size.
 
 The stream begins with the peers' states, an end mark, and then the best paths in one message. With no path at all
 that message does not come: the end mark is passed on, for the loop to give up waiting.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +24,13 @@ from kube_router.workers.router.rib import RouteEvent
 
 @dataclass(slots=True)
 class Taken:
-    """What came since the last `Watch.take`, in order. ``table``: a table message was among it."""
+    """What came since the last `Watch.take`; of several events of one prefix the last.
 
-    routes: list[RouteEvent] = field(default_factory=list)
+    ``events`` counts them all. ``table``: a table message was among it; ``end_of_init``: the end of the peers' states.
+    """
+
+    routes: dict[str, RouteEvent] = field(default_factory=dict)
+    events: int = 0
     table: bool = False
     end_of_init: bool = False
     peers: bool = False
@@ -38,28 +41,20 @@ class Watch:
     """One stream of one daemon; ends with the daemon or with `close`."""
 
     def __init__(self, client: Client, eventfd: int) -> None:
-        """Starts reading; each arrival makes ``eventfd`` readable."""
+        """Starts reading. ``eventfd`` becomes readable with the first arrival after a `take`, not with every one."""
         self._dialect: Dialect = client.dialect
         self._eventfd = eventfd
-        self._queue: deque[Any] = deque()
+        self._lock = threading.Lock()
+        self._taken = Taken()
+        self._signalled = False
         self._stream = client.watch()
         self._thread = threading.Thread(target=self._read, name="gobgp-watch", daemon=True)
         self._thread.start()
 
     def take(self) -> Taken:
-        """Everything that has arrived; never blocks."""
-        taken = Taken()
-        while self._queue:
-            match self._queue.popleft():
-                case list() as routes:
-                    taken.table = True
-                    taken.routes += routes
-                case "peer":
-                    taken.peers = True
-                case "end":
-                    taken.end_of_init = True
-                case Exception() as error:
-                    taken.broken = error.details() if isinstance(error, grpc.Call) else repr(error)
+        """Everything that has arrived; never blocks for long."""
+        with self._lock:
+            taken, self._taken, self._signalled = self._taken, Taken(), False
         return taken
 
     def close(self) -> None:
@@ -68,19 +63,38 @@ class Watch:
         self._thread.join(timeout=1.0)
 
     def _read(self) -> None:
-        end_of_init = self._dialect.messages.PEER_END_OF_INIT
         try:
             for event in self._stream:
-                kind = event.WhichOneof("event")
-                if kind == "table":
-                    converted = (convert.route_event(self._dialect, path) for path in event.table.paths)
-                    self._put([item for item in converted if item is not None])
-                elif kind == "peer":
-                    self._put("end" if event.peer.type == end_of_init else "peer")
-            self._put(EOFError("the stream ended"))
-        except Exception as error:  # whatever it was: the loop must hear of it
-            self._put(error)
+                if event.WhichOneof("event") == "table":
+                    self._on_table(event.table)
+                else:
+                    self._on_peer(event.peer)
+            broken = "the stream ended"
+        except grpc.RpcError as error:
+            broken = error.details() or str(error.code()) if isinstance(error, grpc.Call) else str(error)
+        except Exception as error:  # noqa: BLE001 - whatever it was: the loop must hear of it
+            broken = f"{type(error).__name__}: {error}"
+        with self._lock:
+            self._taken.broken = broken
+            self._signal()
 
-    def _put(self, item: Any) -> None:
-        self._queue.append(item)
-        os.eventfd_write(self._eventfd, 1)
+    def _on_table(self, table: Any) -> None:
+        converted = [convert.route_event(self._dialect, path) for path in table.paths]
+        with self._lock:
+            self._taken.routes.update((item.prefix, item) for item in converted if item is not None)
+            self._taken.events += len(converted)
+            self._taken.table = True
+            self._signal()
+
+    def _on_peer(self, event: Any) -> None:
+        with self._lock:
+            if event.type == self._dialect.messages.PEER_END_OF_INIT:
+                self._taken.end_of_init = True
+            else:
+                self._taken.peers = True
+            self._signal()
+
+    def _signal(self) -> None:
+        if not self._signalled:
+            self._signalled = True
+            os.eventfd_write(self._eventfd, 1)
