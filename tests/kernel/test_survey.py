@@ -1,0 +1,36 @@
+"""What our drivers write, as another netlink library reads it."""
+
+from __future__ import annotations
+
+from support.namespaces import Namespace
+
+from kube_router.workers.kernel.routes import RouteDriver
+from kube_router.workers.kernel.survey import SurveyedRoute, survey_routes
+from kube_router.workers.routefacts import Prefix, Route, RoutePlan
+
+ROUTES = {"10.244.1.0/24": "10.0.0.2", "10.244.2.0/25": "10.0.0.3", "fd00:244:1::/64": "fd00::2", "2001:db8::/32": "fd00::3"}
+
+
+def test_pyroute2_reads_the_routes_that_our_driver_wrote_and_no_others(netns: Namespace) -> None:
+    netns.run("ip link add eth0 type veth peer name far && ip link set far up && ip link set eth0 up")
+    netns.run("ip address add 10.0.0.1/24 dev eth0 && ip -6 address add fd00::1/64 dev eth0 nodad")
+    netns.run("ip route add 192.0.2.0/24 via 10.0.0.9 && ip route add 198.51.100.0/24 via 10.0.0.9 proto 17 table 100")
+    with netns.enter():
+        driver = RouteDriver()
+        try:
+            applied = driver.apply(RoutePlan(add=tuple((Prefix(p), Route(g)) for p, g in ROUTES.items())))
+        finally:
+            driver.close()
+        found = survey_routes()
+    assert applied.failures == ()
+    assert found == [
+        SurveyedRoute("10.244.1.0/24", ("10.0.0.2",), "eth0"),
+        SurveyedRoute("10.244.2.0/25", ("10.0.0.3",), "eth0"),
+        SurveyedRoute("2001:db8::/32", ("fd00::3",), "eth0"),
+        SurveyedRoute("fd00:244:1::/64", ("fd00::2",), "eth0"),
+    ]
+
+
+def test_an_empty_namespace_has_none(netns: Namespace) -> None:
+    with netns.enter():
+        assert survey_routes() == []
