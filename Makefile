@@ -51,7 +51,7 @@ lint: types-tree
 	check() { echo "lint: $$*"; "$$@" || failed="$$failed $${1##*/}"; }; \
 	check .venv/bin/ruff check --output-format=concise .; \
 	check .venv/bin/ruff format --check .; \
-	PYTHONPATH=build/imports check .venv/bin/lint-imports --no-cache --no-logo; \
+	PYTHONPATH=build/types check .venv/bin/lint-imports --no-cache --no-logo; \
 	check .venv/bin/mypy -p kube_router; \
 	check .venv/bin/mypy setup.py deploy tests; \
 	[ -z "$$failed" ] || { echo "lint: failed:$$failed" >&2; exit 1; }
@@ -66,14 +66,12 @@ setup-test:
 	@deploy/setup/go-tools.sh
 
 # Linters read the sources as kube_router.<folder>: through symbolic links, as the namespace has no folder of its own.
-# build/imports is the same with an __init__.py, which import-linter wants of a root package.
+# The __init__.py makes it a regular package, so that it comes before the installed kube_router.
 types-tree:
 	@deploy/setup/python.sh dev
-	@for tree in types imports; do \
-		mkdir -p build/$$tree/kube_router; \
-		for folder in _fast ipc supervisor workers; do ln -sfn ../../../$$folder build/$$tree/kube_router/$$folder; done; \
-	done
-	@touch build/imports/kube_router/__init__.py
+	@mkdir -p build/types/kube_router
+	@for folder in _fast ipc supervisor workers; do ln -sfn ../../../$$folder build/types/kube_router/$$folder; done
+	@touch build/types/kube_router/__init__.py
 	@$(RUN) setup.py -q protos
 
 clean:

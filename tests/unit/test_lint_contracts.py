@@ -27,7 +27,7 @@ def run(*command: object, cwd: Path, **environment: str) -> subprocess.Completed
 def tree(tmp_path: Path) -> Path:
     """The sources as `make lint` lays them out, with the real configuration."""
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    package = tmp_path / "imports" / "kube_router"
+    package = tmp_path / "build" / "types" / "kube_router"
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, package / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.c"))
     (package / "__init__.py").touch()
@@ -37,7 +37,7 @@ def tree(tmp_path: Path) -> Path:
 def lint_imports(tree: Path, contract: str) -> subprocess.CompletedProcess[str]:
     """Check one contract of the real configuration."""
     command = (SCRIPTS / "lint-imports", "--no-cache", "--no-logo", "--contract", contract)
-    return run(*command, cwd=tree, PYTHONPATH=str(tree / "imports"))
+    return run(*command, cwd=tree, PYTHONPATH=str(tree / "build" / "types"))
 
 
 # contract -> the module that breaks it, and what it says to do so
@@ -81,7 +81,7 @@ def test_contract_is_kept(tree: Path, contract: str) -> None:
     [(contract, *breach) for contract, breaches in sorted(BREACHES.items()) for breach in breaches],
 )
 def test_planted_import_breaks_the_contract(tree: Path, contract: str, module: str, statement: str) -> None:
-    path = tree / "imports" / "kube_router" / module
+    path = tree / "build" / "types" / "kube_router" / module
     existing = path.read_text() if path.exists() else '"""Planted."""\n'
     path.write_text(f"{existing}\n{statement}\n")
     done = lint_imports(tree, contract)
@@ -140,7 +140,8 @@ def test_mypy_finds_a_planted_breach(tmp_path: Path, code: str, error: str) -> N
     ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.c")
     shutil.copytree(ROOT / "_fast", package / "_fast", ignore=ignored)
     (package / "workers").mkdir()
-    (package / "workers" / "__init__.py").touch()
+    for init in (package / "__init__.py", package / "workers" / "__init__.py"):
+        init.touch()
     command = (SCRIPTS / "mypy", "--cache-dir", tmp_path / "cache", "-p", "kube_router")
     done = run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
