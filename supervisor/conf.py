@@ -28,7 +28,7 @@ SPEAKER_DIR = "gobgpd"
 SPEAKER_SOCKET = "gobgpd.sock"
 IPC_DIR = "ipc"
 LOG_DIR = "log"
-STOP_SECONDS = 3
+STOP_SECONDS = 2
 """For each program, before it is killed; supervisord stops them one after the other, the listener all at once."""
 BUFFERED_EVENTS = 1000
 """Log chunks and state changes that supervisord keeps while the listener restarts."""

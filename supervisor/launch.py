@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import stat
 import sys
 import time
@@ -46,11 +47,14 @@ class CannotLaunch(Exception):
     """The agent does not start; one line."""
 
 
-def launch(settings: Settings, secrets: Secrets) -> int:
-    """Prepare everything and become supervisord. Returns, with an exit status, only if that fails."""
+def launch(settings: Settings, secrets: Secrets, programs: Sequence[Program] | None = None) -> int:
+    """Prepare everything and become supervisord. Returns, with an exit status, only if that fails.
+
+    ``programs`` are those that the settings ask for unless given.
+    """
     try:
         run_dir = Path(settings.run_dir)
-        chosen = wanted_programs(settings)
+        chosen = wanted_programs(settings) if programs is None else tuple(programs)
         lock = take_run_dir(run_dir)
         end_leftovers(run_dir)
         facts = gather_facts(settings, chosen)
@@ -231,10 +235,31 @@ def become_supervisord(run_dir: Path, facts: Facts, lock: int) -> int:
     os.environ["PYTHONSAFEPATH"] = "1"
     sys.stdout.flush()
     sys.stderr.flush()
-    os.dup2(lock, LOCK_DESCRIPTOR, inheritable=True)
+    os.dup2(lock, LOCK_DESCRIPTOR)
+    os.set_inheritable(LOCK_DESCRIPTOR, True)  # dup2 of a descriptor onto itself would not do it
+    knock(run_dir, lock)
     arguments = [facts.python, "-P", "-m", "supervisor.supervisord", "-n", "-c", str(run_dir / "supervisord.conf")]
     os.execv(facts.python, arguments)
     return 1
+
+
+def knock(run_dir: Path, lock: int) -> None:
+    """Let a child connect to supervisord as soon as that listens.
+
+    Before it starts the first program, supervisord waits up to a second for something to happen: this happens.
+    """
+    if os.fork():
+        return
+    try:
+        for descriptor in {lock, LOCK_DESCRIPTOR}:
+            os.close(descriptor)
+        for _ in range(1000):
+            time.sleep(0.01)
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(str(run_dir / "supervisord.sock"))
+                break
+    finally:
+        os._exit(0)
 
 
 def relay_socket() -> None:

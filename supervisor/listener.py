@@ -33,7 +33,7 @@ MOST_UNWRITTEN = 1 << 20
 RETRY_MOST = 60.0
 Told = tuple[str, str]
 """Level and text of a line of our own."""
-HANG_SECONDS = 3.0
+HANG_SECONDS = 2.0
 """At the end of the agent a worker has this long after SIGTERM."""
 NUDGE_SECONDS = 0.02
 NUDGED_SECONDS = 2.0
@@ -298,6 +298,16 @@ class SupervisorLog:
         return data[:end].decode("utf-8", "replace").splitlines()
 
 
+def concerns(line: str, program: str, state: str) -> bool:
+    """Whether a line of supervisord's log tells what an event with this new state of a program stands for."""
+    text = line.split(" ", 3)[-1]
+    if state == "STARTING":
+        return text.startswith(f"spawned: '{program}' with pid ")
+    if state in ("EXITED", "BACKOFF", "STOPPED"):
+        return text.startswith((f"exited: {program} (", f"stopped: {program} ("))
+    return False
+
+
 def start_program(socket_path: str, name: str) -> None:
     """Ask supervisord to start a program, without waiting: XML-RPC ``supervisor.startProcess`` over its socket."""
     import socket  # only when something has failed
@@ -327,6 +337,8 @@ class Listener:
         self._stream = Stream(open_stream(self._supervisord), as_json)
         self._log = SupervisorLog(f"{run_dir}/supervisord.log")
         self._record = Record(names)
+        self._log_lines: list[str] = []
+        self._last_line: dict[str, str] = {}
         self._lines: dict[str, Lines] = {}
         self._chunks: dict[str, Chunks] = {}
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -352,7 +364,8 @@ class Listener:
             pass
         for process in self._record.processes.values():
             if process.state == "FATAL":
-                self._record.plan_retry(process, time.monotonic())
+                delay = min(2.0 ** max(0, process.failures - 1), RETRY_MOST)
+                self._record.retry_at[process.name] = time.monotonic() + delay
         self._save()
 
     def _save(self) -> None:
@@ -390,6 +403,7 @@ class Listener:
 
     def _pass_on(self, name: str, lines: list[str]) -> None:
         for line in lines:
+            self._last_line[name] = line
             if is_record(line, self._as_json):
                 self._stream.line(line)
             elif line.strip():
@@ -400,8 +414,18 @@ class Listener:
 
     # -- events ------------------------------------------------------------------------------------------------
 
-    def _read_log(self) -> None:
-        for line in self._log.lines():
+    def _read_log(self, until: tuple[str, str] | None = None) -> None:
+        """Take lines of supervisord's log up to the one that belongs to an event, or all of them.
+
+        The log is ahead of the events: what it says of a program's end is taken with the event of that end, behind the
+        program's last words, and what it says of a start with the event of the start.
+        """
+        self._log_lines += self._log.lines()
+        taken = len(self._log_lines)
+        if until is not None:
+            taken = next((place + 1 for place, line in enumerate(self._log_lines) if concerns(line, *until)), 0)
+        lines, self._log_lines = self._log_lines[:taken], self._log_lines[taken:]
+        for line in lines:
             if told := self._record.log_line(line):
                 self._tell(*told)
         watched = {process.watched_pid for process in self._watched.values()}
@@ -434,7 +458,6 @@ class Listener:
             del self._settle_at[name]
         if settled or self._nudge_until:
             os.write(2, b"\n")
-            self._read_log()
 
     def _event(self, header: dict[str, str], payload: str) -> None:
         name = header["eventname"]
@@ -451,7 +474,7 @@ class Listener:
             return
         if state in ("EXITED", "BACKOFF", "STOPPED", "FATAL") and program in self._lines:
             self._pass_on(program, self._lines[program].flush())
-        self._read_log()
+        self._read_log((program, state))
         if told := self._record.state(program, state, time.monotonic(), time.time()):
             self._tell(*told)
         if state in ("FATAL", "STOPPED", "RUNNING"):
@@ -492,9 +515,23 @@ class Listener:
 
     def finish(self) -> None:
         """Say and write what is left; supervisord sends no more events."""
+        self._read_last_words()
         self._read_log()
         self._save()
         self._stream.write()
+
+    def _read_last_words(self) -> None:
+        """Lines that are in a program's log file and did not come as an event: those of its last moments."""
+        for name, line in list(self._last_line.items()):
+            try:
+                with open(f"{self._run_dir}/log/{name}.log", "rb") as file:
+                    file.seek(max(0, file.seek(0, os.SEEK_END) - 4 * LONGEST_LINE))
+                    text = file.read().decode("utf-8", "backslashreplace")
+            except OSError:
+                continue
+            _, found, rest = text.rpartition(line + "\n")
+            if found:
+                self._pass_on(name, rest.splitlines())
 
     def _wait(self) -> set[int]:
         poller = select.poll()
@@ -537,7 +574,6 @@ class Listener:
                 self._tell("ERROR", f"{name}: supervisord could not be asked to start it: {error}")
         if self._kill_at is not None and now >= self._kill_at:
             self._kill_at = None
-            self._read_log()
             self._signal(signal.SIGKILL)
 
 

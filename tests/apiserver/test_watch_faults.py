@@ -13,13 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-from kube_router.ipc.messages import Kind, Node
-from kube_router.workers.watcher.apiserver import ApiServer
-from kube_router.workers.watcher.credentials import Credentials, load_access
-from kube_router.workers.watcher.kubernetesapi import KubernetesSource
-from kube_router.workers.watcher.listwatch import Tuning
-from kube_router.workers.watcher.source import Listed
 from support.apiserver import CertificateAuthority
 from support.faultserver import (
     Act,
@@ -36,6 +29,13 @@ from support.faultserver import (
     stream,
 )
 from support.follower import Follower
+
+from kube_router.ipc.messages import KINDS, Kind, Node
+from kube_router.workers.watcher.apiserver import ApiServer
+from kube_router.workers.watcher.credentials import Credentials, load_access
+from kube_router.workers.watcher.kubernetesapi import KubernetesSource
+from kube_router.workers.watcher.listwatch import Tuning
+from kube_router.workers.watcher.source import Alive, Listed
 
 NODES: tuple[Kind, ...] = ("nodes",)
 QUICK = Tuning(answer=1.0, idle=1.0, shortest_watch=60, longest_watch=61, backoff_first=0.05, backoff_most=0.2)
@@ -94,6 +94,12 @@ def names(follower: Follower) -> list[str]:
     return sorted(follower.objects("nodes"))
 
 
+def until_watching(follower: Follower) -> None:
+    """Wait until all kinds are listed and their watches are open: only then is hanging up on them a lost watch."""
+    follower.until_listed()
+    follower.until(lambda: all(follower.count(Alive, kind) for kind in follower.store.kinds))
+
+
 # --- rightly answered
 
 
@@ -117,7 +123,10 @@ def test_put_and_delete_arrive(server: FaultServer, follow: Callable[..., Follow
     [
         answer_status(422, "Invalid", "sendInitialEvents is forbidden for watch unless the feature is enabled"),
         answer_status(400, "BadRequest", "resourceVersionMatch is forbidden for watch"),
-        stream(json.dumps({"type": "ERROR", "object": status(500, "InternalError", "RequestWatchProgress")}).encode() + b"\n"),
+        stream(
+            json.dumps({"type": "ERROR", "object": status(500, "InternalError", "RequestWatchProgress")}).encode()
+            + b"\n"
+        ),
     ],
     ids=["422", "400", "error event"],
 )
@@ -130,6 +139,7 @@ def test_server_without_streaming_lists_is_listed_in_pages(
     follower.until_listed()
     assert names(follower) == ["a", "b", "c"]
     assert server.asked("list")[0].query["limit"] == "500"
+    until_watching(follower)
     server.compact()
     server.drop_connections()
     follower.until(lambda: len(server.asked("list")) == 2)
@@ -144,9 +154,7 @@ def test_a_streaming_list_that_never_ends_is_given_up(server: FaultServer, follo
     assert names(follower) == ["a", "b", "c"]
 
 
-def test_a_streaming_list_that_breaks_is_never_half_told(
-    server: FaultServer, follow: Callable[..., Follower]
-) -> None:
+def test_a_streaming_list_that_breaks_is_never_half_told(server: FaultServer, follow: Callable[..., Follower]) -> None:
     def half(request: Request) -> None:
         request.start_stream()
         request.send_event("ADDED", server.snapshot("nodes")[1][0])
@@ -185,8 +193,7 @@ def test_continue_token_that_expires_leads_to_a_whole_list(
 
 def test_watch_goes_on_from_bookmarks(server: FaultServer, follow: Callable[..., Follower]) -> None:
     follower = follow(PAGED)
-    follower.until_listed()
-    follower.until(lambda: len(server.asked("watch")) == 1)
+    until_watching(follower)
     before = len(follower.news)
     server.bookmark()
     follower.until(lambda: len(follower.news) > before)
@@ -256,8 +263,7 @@ def test_bad_list_changes_nothing_and_is_repeated(
 ) -> None:
     act, text = LIST_FAULTS[fault]
     follower = follow(PAGED)
-    follower.until_listed()
-    follower.until(lambda: len(server.asked("watch")) == 1)
+    until_watching(follower)
     server.fail("list", act, times=2)
     server.put("nodes", node("d"))
     follower.until(lambda: "d" in names(follower))
@@ -303,8 +309,7 @@ WATCH_FAULTS: dict[str, Act] = {
 @pytest.mark.parametrize("fault", WATCH_FAULTS)
 def test_bad_watch_loses_nothing(server: FaultServer, follow: Callable[..., Follower], fault: str) -> None:
     follower = follow(PAGED)
-    follower.until_listed()
-    follower.until(lambda: len(server.asked("watch")) == 1)
+    until_watching(follower)
     server.fail("watch", WATCH_FAULTS[fault], times=3)
     server.drop_connections()
     follower.until(lambda: len(server.asked("watch")) >= 4)
@@ -317,8 +322,7 @@ def test_bad_watch_loses_nothing(server: FaultServer, follow: Callable[..., Foll
 
 def test_events_while_the_watch_is_down_are_not_lost(server: FaultServer, follow: Callable[..., Follower]) -> None:
     follower = follow(PAGED)
-    follower.until_listed()
-    follower.until(lambda: len(server.asked("watch")) == 1)
+    until_watching(follower)
     server.fail("watch", answer_status(500, "InternalError", "away"), times=5)
     server.drop_connections()
     follower.until(lambda: bool(follower.troubles))
@@ -332,8 +336,7 @@ def test_410_lists_again_and_tells_only_the_difference(
     server: FaultServer, follow: Callable[..., Follower], how: str
 ) -> None:
     follower = follow(PAGED)
-    follower.until_listed()
-    follower.until(lambda: len(server.asked("watch")) == 1)
+    until_watching(follower)
     if how == "status":
         server.fail("watch", answer_status(410, "Expired", "too old resource version"))
     elif how == "unknown version":
@@ -350,6 +353,19 @@ def test_410_lists_again_and_tells_only_the_difference(
     follower.until(lambda: names(follower) == ["a", "c", "d"])
     assert follower.gone == ["b"]
     assert sum(len(step.put) for step in follower.steps) == 4, "a, b and c are not told again"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_error_event_is_understood_for_every_kind(
+    server: FaultServer, follow: Callable[..., Follower], kind: Kind
+) -> None:
+    server.fail("watch", stream(_event("ERROR", status(500, "InternalError", "etcd is away"))), kind=kind)
+    follower = follow(QUICK, kinds=(kind,))
+    until_watching(follower)
+    server.fail("watch", stream(_event("ERROR", status(500, "InternalError", "etcd is away"))), kind=kind)
+    server.drop_connections()
+    follower.until(lambda: any(f"watch {kind}: 500 InternalError: etcd is away" in text for text in follower.seen))
+    follower.until(lambda: not follower.troubles)
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1024])
@@ -449,9 +465,7 @@ def test_exec_plugin_that_fails_is_named(follow: Callable[..., Follower]) -> Non
 # --- several kinds
 
 
-def test_one_forbidden_kind_does_not_hold_up_the_others(
-    server: FaultServer, follow: Callable[..., Follower]
-) -> None:
+def test_one_forbidden_kind_does_not_hold_up_the_others(server: FaultServer, follow: Callable[..., Follower]) -> None:
     server.put("pods", {"metadata": {"name": "p", "namespace": "d"}, "status": {"podIP": "10.1.0.1"}})
     server.streaming = False
     message = 'pods is forbidden: User "u" cannot list resource "pods"'
@@ -502,8 +516,7 @@ def test_unreachable_server_is_one_clear_line_and_found_when_it_comes(tmp_path: 
         assert follower.troubles["nodes"] == f"Kubernetes API http://127.0.0.1:{port}: connection refused"
         with FaultServer(port=port) as second:
             second.put("nodes", node("a"))
-            follower.until_listed()
-            assert not follower.troubles
+            follower.until(lambda: follower.store.complete and not follower.troubles)
 
 
 def test_stop_ends_threads_that_wait_for_the_server(server: FaultServer, follow: Callable[..., Follower]) -> None:

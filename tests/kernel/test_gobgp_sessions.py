@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.bgp import node
@@ -186,7 +187,7 @@ def test_a_daemon_that_dies_leaves_the_routes_and_is_set_up_again(lab: Lab) -> N
 def test_an_outside_peer_gets_own_pod_cidrs_only_and_cannot_teach_a_default_route(lab: Lab) -> None:
     theirs = {"0.0.0.0/0": OUTSIDE, "::/0": "2001:db8::9", "198.51.100.0/24": OUTSIDE, "2001:db8:5::/48": "2001:db8::9"}
     outside = lab.outsider(outsider_state(paths=theirs))
-    peers = {"peer_router_ips": (OUTSIDE,), "peer_router_asns": (OUTSIDE_ASN,), "peer_router_ports": (PORT,)}
+    peers: dict[str, Any] = {"peer_router_ips": (OUTSIDE,), "peer_router_asns": (OUTSIDE_ASN,), "peer_router_ports": (PORT,)}
     a, b = lab.speaker("a", **peers), lab.speaker("b")
     for speaker in (a, b):
         assert speaker.see(A, B).failures == ()
@@ -200,7 +201,7 @@ def test_an_outside_peer_gets_own_pod_cidrs_only_and_cannot_teach_a_default_rout
 
 def test_pod_cidrs_are_hidden_shown_and_hidden_again_without_touching_the_session(lab: Lab) -> None:
     outside = lab.outsider(outsider_state())
-    peers = {"peer_router_ips": (OUTSIDE,), "peer_router_asns": (OUTSIDE_ASN,), "peer_router_ports": (PORT,)}
+    peers: dict[str, Any] = {"peer_router_ips": (OUTSIDE,), "peer_router_asns": (OUTSIDE_ASN,), "peer_router_ports": (PORT,)}
     a = lab.speaker("a", advertise_pod_cidr=False, **peers)
     a.see(A)
     wait_for(lambda: outside.established("10.0.0.1"), UP_SECONDS, "session", a, outside)
@@ -215,7 +216,7 @@ def test_pod_cidrs_are_hidden_shown_and_hidden_again_without_touching_the_sessio
     assert a.daemon.starts == 1
 
 
-def settings_of(speaker: Speaker) -> dict[str, object]:
+def settings_of(speaker: Speaker) -> dict[str, Any]:
     return {name: getattr(speaker.settings, name) for name in speaker.settings.__struct_fields__}
 
 

@@ -56,7 +56,9 @@ class CertificateAuthority:
         key, request, certificate = (self.folder / f"{name}.{suffix}" for suffix in ("key", "csr", "crt"))
         self._openssl("req", "-new", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
                       "-subj", subject, "-keyout", key, "-out", request)  # fmt: skip
-        alternatives = ",".join(f"IP:{text}" if text[0].isdigit() or ":" in text else f"DNS:{text}" for text in addresses)
+        alternatives = ",".join(
+            f"IP:{text}" if text[0].isdigit() or ":" in text else f"DNS:{text}" for text in addresses
+        )
         extensions = self.folder / f"{name}.ext"
         lines = ["extendedKeyUsage=serverAuth,clientAuth", f"subjectAltName={alternatives}" if alternatives else ""]
         extensions.write_text("\n".join(["[x]", *lines, ""]))
@@ -70,7 +72,8 @@ class CertificateAuthority:
             "default_md=sha256\npolicy=p\n[p]\ncommonName=supplied\norganizationName=optional\n"
         )
         self._openssl("ca", "-batch", "-notext", "-config", config, "-cert", self.certificate, "-keyfile", self.key,
-                      "-in", request, "-out", certificate, "-extfile", extensions, "-extensions", "x", *dates)  # fmt: skip
+                      "-in", request, "-out", certificate, "-extfile", extensions, "-extensions", "x",
+                      *dates)  # fmt: skip
         return certificate, key
 
     @staticmethod
@@ -176,7 +179,8 @@ class ApiServer:
             "--service-account-issuer=https://kubernetes.default.svc",
             f"--service-account-key-file={self._account_certificate}",
             f"--service-account-signing-key-file={self._account_key}",
-            "--service-cluster-ip-range=" + ("fd00:10:96::/108" if ":" in self.host else "10.96.0.0/16,fd00:10:96::/108"),
+            "--service-cluster-ip-range="
+            + ("fd00:10:96::/108" if ":" in self.host else "10.96.0.0/16,fd00:10:96::/108"),
             "--disable-admission-plugins=ServiceAccount,TaintNodesByCondition",
             "--allow-privileged=true",
             "--endpoint-reconciler-type=none",
@@ -305,8 +309,19 @@ class ApiServer:
         """Let etcd forget all versions but the newest: older watches and continue tokens then get 410."""
         self._etcd_call("/v3/kv/compaction", {"revision": self._etcd_revision(), "physical": True})
 
+    def seed(self, objects: Iterable[dict[str, Any]]) -> None:
+        """Write complete objects straight into etcd, many at a time: for thousands of them. Nothing is validated."""
+        batch: list[dict[str, Any]] = []
+        for item in objects:
+            batch.append({"requestPut": {"key": _base64(_etcd_key(item)), "value": _base64(json.dumps(item))}})
+            if len(batch) == ETCD_OPERATIONS:
+                self._etcd_call("/v3/kv/txn", {"success": batch})
+                batch = []
+        if batch:
+            self._etcd_call("/v3/kv/txn", {"success": batch})
+
     def _etcd_revision(self) -> str:
-        answer = self._etcd_call("/v3/kv/range", {"key": base64.b64encode(b"x").decode()})
+        answer = self._etcd_call("/v3/kv/range", {"key": _base64("x")})
         return str(answer["header"]["revision"])
 
     def _etcd_call(self, path: str, body: object) -> Any:
@@ -330,7 +345,9 @@ class ApiServer:
                     "name": "test",
                     "cluster": {
                         "server": server or self.url,
-                        "certificate-authority-data": base64.b64encode(self.authority.certificate.read_bytes()).decode(),
+                        "certificate-authority-data": base64.b64encode(
+                            self.authority.certificate.read_bytes()
+                        ).decode(),
                     },
                 }
             ],
@@ -342,6 +359,20 @@ class ApiServer:
 
 
 RESOURCE_NAMES = {"NetworkPolicy": "networkpolicies"}
+ETCD_FOLDERS = {"Node": "minions", "Service": "services/specs"}
+"""Where etcd holds a kind, if not under its resource's name."""
+ETCD_OPERATIONS = 100
+"""etcd's default bound for one transaction is 128."""
+
+
+def _base64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+def _etcd_key(item: Mapping[str, Any]) -> str:
+    folder = ETCD_FOLDERS.get(item["kind"], collection_path(item).rsplit("/", 1)[-1])
+    meta = item["metadata"]
+    return "/".join(["/registry", folder, *([meta["namespace"]] if "namespace" in meta else []), meta["name"]])
 
 
 def collection_path(item: Mapping[str, Any]) -> str:
@@ -351,3 +382,24 @@ def collection_path(item: Mapping[str, Any]) -> str:
     name = RESOURCE_NAMES.get(item["kind"], item["kind"].lower() + "s")
     namespace = item["metadata"].get("namespace")
     return f"{root}/namespaces/{namespace}/{name}" if namespace else f"{root}/{name}"
+
+
+AGENT_TOKEN, PARTIAL_TOKEN = "agent-token", "partial-token"
+AGENT_TOKENS: dict[str, tuple[str, tuple[str, ...]]] = {
+    AGENT_TOKEN: ("agent", ("nodes",)),
+    PARTIAL_TOKEN: ("partial", ()),
+}
+
+READ = [
+    {"apiGroups": [""], "resources": ["nodes", "namespaces", "services"], "verbs": ["list", "watch"]},
+    {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["list", "watch"]},
+    {"apiGroups": ["networking.k8s.io"], "resources": ["networkpolicies"], "verbs": ["list", "watch"]},
+]
+READ_PODS = {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch"]}
+WRITE_EVENTS = {"apiGroups": [""], "resources": ["events"], "verbs": ["create", "patch", "get"]}
+
+
+def grant_agents(server: ApiServer) -> None:
+    """``agent`` may do what the agent needs; ``partial`` may not read pods."""
+    server.allow("agent", [*READ, READ_PODS, WRITE_EVENTS])
+    server.allow("partial", READ)

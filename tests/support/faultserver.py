@@ -119,10 +119,9 @@ class FaultServer:
         """Create or change objects."""
         with self._changed:
             collection = self._collections[kind]
-            for item in items:
-                key = _key(item)
-                self.version += 1
-                item = {**item, "metadata": {**item["metadata"], "resourceVersion": str(self.version)}}
+            for given in items:
+                key = _key(given)
+                item = self._versioned(given)
                 collection.events.append((self.version, "MODIFIED" if key in collection.objects else "ADDED", item))
                 collection.objects[key] = item
             self._changed.notify_all()
@@ -131,11 +130,13 @@ class FaultServer:
         """Delete an object by its key."""
         with self._changed:
             collection = self._collections[kind]
-            self.version += 1
-            item = collection.objects.pop(name)
-            item = {**item, "metadata": {**item["metadata"], "resourceVersion": str(self.version)}}
+            item = self._versioned(collection.objects.pop(name))
             collection.events.append((self.version, "DELETED", item))
             self._changed.notify_all()
+
+    def _versioned(self, item: Object) -> Object:
+        self.version += 1
+        return {**item, "metadata": {**item["metadata"], "resourceVersion": str(self.version)}}
 
     def compact(self) -> None:
         """Forget all versions but the newest."""
@@ -210,8 +211,8 @@ class Request(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     server_state: FaultServer
-    kind = ""
-    query: dict[str, str] = {}
+    kind: str
+    query: dict[str, str]
 
     def setup(self) -> None:
         """Remember the connection, so that it can be dropped."""
@@ -256,9 +257,7 @@ class Request(BaseHTTPRequestHandler):
         self.kind = last if last in OBJECT_KINDS or not match else match[1]
         self.query = {key: values[0] for key, values in parse_qs(parts.query).items()}
         authorization = self.headers.get("Authorization", "")
-        self.server_state.requests.append(
-            Seen(self.command, self.kind, self.query, authorization, time.monotonic())
-        )
+        self.server_state.requests.append(Seen(self.command, self.kind, self.query, authorization, time.monotonic()))
 
     def _answer(self, verb: str, honest: Callable[[], None]) -> None:
         state = self.server_state
@@ -322,7 +321,8 @@ class Request(BaseHTTPRequestHandler):
         while True:
             left = deadline - time.monotonic()
             events, now, new, over = self.server_state.wait_for_news(self.kind, version, marks, left)
-            for version, kind, item in events:
+            for at, kind, item in events:
+                version = at
                 self.send_event(kind, item)
             if new[0] != marks[0]:
                 self.send_bookmark(now, {})

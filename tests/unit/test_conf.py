@@ -65,7 +65,7 @@ def test_supervisord_reads_what_was_meant(tmp_path: Path) -> None:
     odd = Program("odd", (), True, command=("/bin/echo", "100%", "it's", "a b"))
     options = read_by_supervisord(render(settings, FACTS, [*wanted_programs(settings), odd]), tmp_path)
     groups = {group.name: group.process_configs[0] for group in options.process_group_configs}
-    assert list(sorted(groups)) == ["cni", "gobgpd", "health", "listener", "odd", "router", "watcher"]
+    assert sorted(groups) == ["cni", "gobgpd", "health", "listener", "odd", "router", "watcher"]
     assert shlex.split(groups["odd"].command)[-4:] == ["/bin/echo", "100%", "it's", "a b"]
     for name, process in groups.items():
         assert process.directory == str(run_dir / ("gobgpd" if name == "gobgpd" else "ipc"))
@@ -92,7 +92,7 @@ def test_programs_start_in_the_order_of_the_table_and_gobgpd_stops_after_the_rou
 
 @pytest.mark.parametrize("run_dir", ["/run/a ;b", "/run/a #b", "/run/a\nb", "/run/a\r"])
 def test_a_path_that_the_file_cannot_hold_is_refused(run_dir: str) -> None:
-    with pytest.raises(ValueError, match="cannot stand in supervisord.conf"):
+    with pytest.raises(ValueError, match=r"cannot stand in supervisord\.conf"):
         render(Settings(run_dir=run_dir), FACTS)
 
 

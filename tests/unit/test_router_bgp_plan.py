@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.bgp import asking, node
@@ -31,7 +32,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "router"
 A = node("a", ["10.0.0.1", "2001:db8::1"], ["10.244.1.0/24", "fd00:1::/64"])
 B = node("b", ["10.0.0.2", "2001:db8::2"], ["10.244.2.0/24", "fd00:2::/64"])
 C = node("c", ["10.0.0.3"], ["10.244.3.0/24"])
-EXTERNAL = {"peer_router_ips": ("10.0.1.1",), "peer_router_asns": (65000,), "passwords": ("geheim",)}
+EXTERNAL: dict[str, Any] = {"peer_router_ips": ("10.0.1.1",), "peer_router_asns": (65000,), "passwords": ("geheim",)}
 
 
 def kinds(plan: Plan) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from support.bgp import asking, node
 
@@ -20,7 +22,7 @@ A = node("a", ["10.0.0.1", "2001:db8::1"], ["10.244.1.0/24", "fd00:1::/64"])
 B = node("b", ["10.0.0.2", "2001:db8::2"], ["10.244.2.0/24", "fd00:2::/64"])
 V6_PRIMARY_A = node("a", ["2001:db8::1", "10.0.0.1"], ["10.244.1.0/24", "fd00:1::/64"])
 V6_PRIMARY_B = node("b", ["2001:db8::2", "10.0.0.2"], ["10.244.2.0/24", "fd00:2::/64"])
-FLAGS = {"peer_router_ips": ("10.0.1.1", "2001:db8:1::1"), "peer_router_asns": (65000, 65000)}
+FLAGS: dict[str, Any] = {"peer_router_ips": ("10.0.1.1", "2001:db8:1::1"), "peer_router_asns": (65000, 65000)}
 
 
 def exported(policies: Policies, prefix: str, neighbor: str) -> bool:

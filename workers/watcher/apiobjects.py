@@ -9,7 +9,7 @@ Field names and meanings: Kubernetes API reference v1.34, which also documents e
 
 from __future__ import annotations
 
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 
@@ -341,3 +341,15 @@ OBJECTS: dict[Kind, type[ApiObject]] = {
     "networkpolicies": NetworkPolicyObject,
     "namespaces": NamespaceObject,
 }
+
+
+def page_decoder(kind: Kind) -> msgspec.json.Decoder[Page[Any]]:
+    """Decoder for one page of a list of ``kind``."""
+    page: Any = Page
+    return msgspec.json.Decoder(page[OBJECTS[kind]])
+
+
+def event_decoder(kind: Kind) -> msgspec.json.Decoder[WatchEvent[Any]]:
+    """Decoder for one line of a watch of ``kind``."""
+    event: Any = WatchEvent
+    return msgspec.json.Decoder(event[OBJECTS[kind]])

@@ -1,7 +1,7 @@
 """Requests to the API server: connections, credentials, and one clear line for everything that can go wrong.
 
-Touches the network. Threads share one `ApiServer`. Redirects are not followed and nothing is retried here but a single
-401 after loading the credentials again: the callers know what to repeat and when.
+Touches the network. Threads share one `ApiServer`. Redirects are not followed. Retried are, once and
+at once, a 401 with credentials loaded again and a GET whose connection broke off: the callers know what else to repeat.
 """
 
 from __future__ import annotations
@@ -111,20 +111,23 @@ class ApiServer:
         if body is not None:
             headers["Content-Type"] = content_type
         target = path + ("?" + urlencode(query) if query else "")
-        for attempt in (1, 2):
-            pool, access = self._connect()
-            if access.authorization:
-                headers["Authorization"] = access.authorization
-            response = self._send(pool, method, access.server + target, headers, body, silence)
-            if response.status != 401:
-                break
+        response = self._try(method, target, headers, body, silence)
+        if response.status == 401:  # the credentials are loaded anew for the second attempt
+            self._drain(response)
+            response = self._try(method, target, headers, body, silence)
+        if not 200 <= response.status < 300:
+            raise self._refusal(response)
+        return response
+
+    def _try(self, method: str, target: str, headers: dict[str, str], body: bytes | None, silence: float) -> Response:
+        pool, access = self._connect()
+        if access.authorization:
+            headers = {**headers, "Authorization": access.authorization}
+        response = self._send(pool, method, access.server + target, headers, body, silence)
+        if response.status == 401:
             with self._lock:
                 self._credentials.refused(access)
-            if attempt == 1:
-                self._drain(response)
-        if 200 <= response.status < 300:
-            return response
-        raise self._refusal(response)
+        return response
 
     def _connect(self) -> tuple[urllib3.PoolManager, Access]:
         with self._lock:
@@ -144,21 +147,19 @@ class ApiServer:
         headers: dict[str, str],
         body: bytes | None,
         silence: float,
-    ) -> Any:
+    ) -> Response:
         timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=silence)
-        try:
-            return pool.request(
-                method,
-                url,
-                headers=headers,
-                body=body,
-                timeout=timeout,
-                retries=False,
-                redirect=False,
-                preload_content=False,
-            )
-        except (HTTPError, OSError, ValueError) as error:
-            raise self.failure(error, silence) from None
+        # A server may close a kept connection at the very moment it is used again: that says nothing about it.
+        for last in (method != "GET", True):
+            try:
+                response: Any = pool.request(
+                    method, url, headers=headers, body=body, timeout=timeout, retries=False, preload_content=False
+                )
+                return response  # type: ignore[no-any-return]
+            except (HTTPError, OSError, ValueError) as error:
+                if last or not isinstance(error, ProtocolError):
+                    raise self.failure(error, silence) from None
+        raise AssertionError("the last attempt returns or raises")
 
     def _drain(self, response: Response) -> bytes:
         try:

@@ -100,7 +100,8 @@ class Correlator:
             return None
         budget.tokens -= 1
         if said is None:
-            said = _remember(self._said, identity, _Said(now, now))
+            said = _Said(now, now)
+            _remember(self._said, identity, said)
         else:
             said.count += said.untold + 1
             said.last, said.untold = now, 0
@@ -109,7 +110,8 @@ class Correlator:
     def _budget(self, subject: Subject, now: float) -> _Budget:
         budget = self._budgets.get(subject)
         if budget is None:
-            return _remember(self._budgets, subject, _Budget(BURST, now))
+            budget = _Budget(BURST, now)
+            _remember(self._budgets, subject, budget)
         budget.tokens = min(BURST, budget.tokens + max(0.0, now - budget.at) / REFILL_SECONDS)
         budget.at = now
         return budget
@@ -122,11 +124,10 @@ class Correlator:
         return notice.text not in texts
 
 
-def _remember(memory: OrderedDict[Any, Any], key: Any, value: Any) -> Any:
+def _remember(memory: OrderedDict[Any, Any], key: Any, value: Any) -> None:
     memory[key] = value
     if len(memory) > REMEMBERED:
         memory.popitem(last=False)
-    return value
 
 
 def event_name(notice: Notice, identity: tuple[str, ...]) -> str:
@@ -251,6 +252,7 @@ class ApiSink:
                     self._feed.pause(0)
                     continue
                 self._deliver(telling)
+                self._queue.task_done()
                 self._feed.pause(RATE_SECONDS)
         except Stopped:
             return

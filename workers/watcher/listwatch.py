@@ -27,12 +27,13 @@ from urllib3.exceptions import HTTPError
 from kube_router.ipc.messages import Key, Projection
 from kube_router.workers.watcher.apiobjects import (
     INITIAL_EVENTS_END,
-    OBJECTS,
     ApiObject,
     Bookmark,
     ErrorEvent,
     Page,
     WatchEvent,
+    event_decoder,
+    page_decoder,
 )
 from kube_router.workers.watcher.apiserver import ApiError, ApiServer, Response, one_line, status_error
 from kube_router.workers.watcher.kinds import Resource
@@ -48,6 +49,8 @@ PAGE_LIMITS = (500, 2000, 8000, 0)
 """Objects a page; when a continue token expires before the list is through, the next try takes bigger pages."""
 IN_VAIN_SECONDS = 1.0
 """A watch that lasted no longer and said nothing was of no use; a quiet one lasts minutes."""
+DOUBTED_SECONDS = 5
+"""After a watch in vain the next one is asked to end so soon, as a proof that it works although nothing happens."""
 PASSING = (401, 403, 410, 429, 503, 504)
 """Statuses that say nothing about streaming lists; with any other one the server refuses them (422 where the feature is
 off, 400 where it is unknown, an error of 500 within the watch where its etcd is older than 3.4.31 or 3.5.13)."""
@@ -84,8 +87,7 @@ class KindWatcher:
         self._tuning, self._jitter = tuning or Tuning(), jitter
         self._backoff = Backoff(jitter, self._tuning.backoff_first, self._tuning.backoff_most)
         self._relist = Backoff(jitter, self._tuning.backoff_first, self._tuning.backoff_most)
-        self._page = msgspec.json.Decoder(Page[OBJECTS[resource.kind]])  # type: ignore[misc]
-        self._event = msgspec.json.Decoder(WatchEvent[OBJECTS[resource.kind]])  # type: ignore[misc]
+        self._page, self._event = page_decoder(resource.kind), event_decoder(resource.kind)
         self._project: Callable[[ApiObject], Projection] = PROJECT[resource.kind]
         self._version = ""
         self._streaming = self._tuning.streaming
@@ -157,17 +159,20 @@ class KindWatcher:
         return {**selector, **more}
 
     def _list(self) -> None:
-        for limit in PAGE_LIMITS:
-            try:
-                objects, version = self._pages(limit)
-                break
-            except ApiError as error:
-                if not error.expired or not limit:
-                    raise
-                log.info("%s: the list expired before its last page: again with bigger pages", self._resource.kind)
+        objects, version = self._whole_list()
         self._feed.put(Listed(self._resource.kind, tuple(objects)))
         self._version = version
         self._progress()
+
+    def _whole_list(self) -> tuple[list[Projection], str]:
+        for limit in PAGE_LIMITS[:-1]:
+            try:
+                return self._pages(limit)
+            except ApiError as error:
+                if not error.expired:
+                    raise
+                log.info("%s: the list expired before its last page: again with bigger pages", self._resource.kind)
+        return self._pages(PAGE_LIMITS[-1])
 
     def _pages(self, limit: int) -> tuple[list[Projection], str]:
         objects: list[Projection] = []
@@ -239,17 +244,14 @@ class KindWatcher:
 
     def _watch(self, query: dict[str, str] | None = None, initial: dict[Key, Projection] | None = None) -> None:
         """Read one watch to its end; ``initial`` collects the objects of a streaming list until its end is marked."""
-        span = self._tuning.longest_watch - self._tuning.shortest_watch
+        doubted, self._suspect = self._suspect, False
         query = self._query(**(query or {"resourceVersion": self._version}))
-        query |= {
-            "watch": "true",
-            "allowWatchBookmarks": "true",
-            "timeoutSeconds": str(self._tuning.shortest_watch + int(self._jitter() * span)),
-        }
-        began, lines, doubted = time.monotonic(), 0, self._suspect
+        query |= {"watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": str(self._watch_seconds(doubted))}
+        opened = self._opened(f"watch {self._resource.kind}", query, self._tuning.idle)
+        began, lines = time.monotonic(), 0
         trouble: ApiError | None = None
         try:
-            with self._opened(f"watch {self._resource.kind}", query, self._tuning.idle) as response:
+            with opened as response:
                 if initial is None and not doubted:
                     self._progress()
                     self._feed.put(Alive(self._resource.kind))
@@ -265,6 +267,13 @@ class KindWatcher:
             trouble = error
         brief = time.monotonic() - began < IN_VAIN_SECONDS and not (trouble and trouble.silent)
         self._after_watch(trouble, in_vain=brief and not lines, doubted=doubted)
+
+    def _watch_seconds(self, doubted: bool) -> int:
+        """How long the server shall keep the watch; spread, so that the nodes of a cluster do not come together."""
+        if doubted:
+            return DOUBTED_SECONDS
+        span = self._tuning.longest_watch - self._tuning.shortest_watch
+        return self._tuning.shortest_watch + int(self._jitter() * span)
 
     def _after_watch(self, trouble: ApiError | None, *, in_vain: bool, doubted: bool) -> None:
         """A watch has ended or broken off: go on from its last version, unless it was the second in vain."""
@@ -311,6 +320,8 @@ class KindWatcher:
         for line in lines:
             try:
                 event: WatchEvent[Any] = self._event.decode(line)
+                if event.type == "ERROR":  # a Status, which some kinds' structs take for an object
+                    raise self._error_event(line)
                 if event.type == "BOOKMARK":
                     event = BOOKMARK.decode(line)
                     ended = INITIAL_EVENTS_END in (event.object.metadata.annotations or {})
@@ -348,14 +359,17 @@ class KindWatcher:
             raise self._garbage(f"watch {self._resource.kind}", f"event type {one_line(event.type, 40)!r}")
 
     def _event_error(self, line: bytes, error: Exception) -> ApiError:
-        """A line of type ERROR carries a Status; anything else that does not decode is garbage."""
+        """What a line means that does not decode as an event of the kind."""
         try:
-            status = ERROR.decode(line)
+            if ERROR.decode(line).type == "ERROR":
+                return self._error_event(line)
         except (msgspec.MsgspecError, RecursionError):
-            return self._garbage(f"watch {self._resource.kind}", error)
-        if status.type != "ERROR":
-            return self._garbage(f"watch {self._resource.kind}", error)
-        failure = status_error(status.object)
+            log.debug("watch %s: not an error event either", self._resource.kind)
+        return self._garbage(f"watch {self._resource.kind}", error)
+
+    def _error_event(self, line: bytes) -> ApiError:
+        """The Status in a line of type ERROR; raises msgspec's error when there is none."""
+        failure = status_error(ERROR.decode(line).object)
         failure.args = (f"{self._server.name}: watch {self._resource.kind}: {failure}",)
         return failure
 

@@ -120,17 +120,21 @@ def _check_shape(text: str) -> None:
     try:
         for event in yaml.parse(text, Loader=LOADER):
             if isinstance(event, yaml.AliasEvent):
-                raise BadManifest(f"line {event.start_mark.line + 1}: alias *{event.anchor} (aliases are not accepted)")
+                raise BadManifest(f"{_line(event)}: alias *{event.anchor} (aliases are not accepted)")
             if isinstance(event, yaml.CollectionStartEvent):
                 depth += 1
                 if depth > MAX_DEPTH:
-                    raise BadManifest(f"line {event.start_mark.line + 1}: nested deeper than {MAX_DEPTH} levels")
+                    raise BadManifest(f"{_line(event)}: nested deeper than {MAX_DEPTH} levels")
             elif isinstance(event, yaml.CollectionEndEvent):
                 depth -= 1
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, BadManifest):
             raise
         raise BadManifest(_yaml_reason(error)) from None
+
+
+def _line(event: yaml.Event) -> str:
+    return f"line {event.start_mark.line + 1 if event.start_mark else '?'}"
 
 
 def _yaml_reason(error: Exception) -> str:

@@ -258,7 +258,7 @@ def project_peer(item: PeerObject) -> PolicyPeer:
     return PolicyPeer(
         pod_selector=project_selector(item.pod_selector),
         namespace_selector=project_selector(item.namespace_selector),
-        ip_block=block and IpBlock(cidr=block.cidr or "", excepted=tuple(block.excepted or ())),
+        ip_block=None if block is None else IpBlock(cidr=block.cidr or "", excepted=tuple(block.excepted or ())),
     )
 
 
