@@ -245,10 +245,6 @@ class Stream:
         if len(self._unwritten) + len(data) > MOST_UNWRITTEN:
             self._lost += 1
             return
-        if self._lost and not self._unwritten:
-            lost, self._lost = self._lost, 0
-            text = f"{lost} log lines lost: nobody read the log stream"
-            self.line(record("WARN", "supervisor", text, self._as_json, time.time()))
         self._unwritten += data
         self.write()
 
@@ -257,6 +253,11 @@ class Stream:
         try:
             while self._unwritten:
                 del self._unwritten[: os.write(self.descriptor, self._unwritten)]
+                if self._lost and not self._unwritten:
+                    text = f"{self._lost} log lines lost: nobody read the log stream"
+                    self._lost = 0
+                    line = record("WARN", "supervisor", text, self._as_json, time.time())
+                    self._unwritten += line.encode() + b"\n"
         except BlockingIOError:
             pass
         except OSError:  # the reader is gone, or the disk is full: the log files of the run directory remain

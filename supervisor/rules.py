@@ -222,13 +222,14 @@ def api_url(value: str) -> str:
     if not value:
         return ""
     url = value if "://" in value else f"https://{value}"
+    rule = "must be the http or https URL of an API server"
     try:
         parts = urlsplit(url)
         wrong = parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0 or parts.query
     except ValueError:
-        wrong = True
+        raise ValueError(rule) from None
     if wrong or re.search(r"[\s\0]", value):
-        raise ValueError("must be the http or https URL of an API server")
+        raise ValueError(rule)
     if parts.username is not None:
         raise ValueError("must hold no user name or password; use --kubeconfig for credentials")
     return url.rstrip("/")

@@ -160,7 +160,9 @@ def render(found: Mapping[str, Any]) -> str:
     """The status for people. Pure."""
     lines = [f"{found['node'] or 'agent'}: {'healthy' if found['healthy'] else 'NOT HEALTHY'}"]
     lines += [f"  ! {reason}" for reason in found["reasons"]]
-    rows = [("WORKER", "STATE", "PID", "UPTIME", "RESTARTS", "LAST SYNC", "PENDING", "PRIVILEGES")]
+    rows: list[tuple[str, ...]] = [
+        ("WORKER", "STATE", "PID", "UPTIME", "RESTARTS", "LAST SYNC", "PENDING", "PRIVILEGES")
+    ]
     rows += [worker_row(worker) for worker in found["workers"]]
     lines += ["", *table(rows)]
     ends = [f"  {worker['name']}: {worker['last_end']}" for worker in found["workers"] if worker["last_end"]]

@@ -1,1 +1,1 @@
-"""A dual-stack cluster of network namespaces on one machine: what the demo shows and what the end-to-end tests run on."""
+"""A dual-stack cluster of network namespaces on one machine: for the demo and the end-to-end tests."""

@@ -99,6 +99,7 @@ class Lab:
             capture_output=True,
             cwd=self.run_dir(node) if self.run_dir(node).exists() else self.folder,
             env=self.environment(node),
+            check=False,
         )
 
     def status(self, node: str) -> dict[str, Any]:

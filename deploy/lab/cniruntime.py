@@ -60,6 +60,7 @@ class CniRuntime:
             text=True,
             capture_output=True,
             env=environment,
+            check=False,
         )
         if done.returncode != 0:
             reason = done.stdout.strip() or done.stderr.strip()

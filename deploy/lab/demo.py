@@ -52,7 +52,9 @@ def ready(lab: Lab, node: str) -> bool:
     workers = workers_of(status)
     synced = all(name in workers and workers[name].get("last_sync_age") is not None for name in ("cni", "router"))
     sessions = status.get("sessions", [])
-    return bool(status.get("healthy")) and synced and bool(sessions) and all(s["state"] == "established" for s in sessions)
+    return (
+        bool(status.get("healthy")) and synced and bool(sessions) and all(s["state"] == "established" for s in sessions)
+    )
 
 
 def run_demo(lab: Lab) -> list[Line]:
@@ -65,12 +67,16 @@ def run_demo(lab: Lab) -> list[Line]:
         good = wait_until(lambda name=node.name: ready(lab, name), 40)  # type: ignore[misc]
         sessions = lab.status(node.name).get("sessions", [])
         seen = f"{sum(s['state'] == 'established' for s in sessions)} of {len(sessions)} sessions"
-        lines.append(Line(f"{node.name}: agent in sync, BGP established", "4 of 4 sessions", seen, good and len(sessions) == 4))
+        lines.append(
+            Line(f"{node.name}: agent in sync, BGP established", "4 of 4 sessions", seen, good and len(sessions) == 4)
+        )
         progress(f"  {node.name}: {seen} established")
     progress("connecting one pod a node through the bridge and host-local plugins")
     for node in NODES:
         pod = lab.add_pod(node.name)
-        lines.append(Line(f"{pod.name}: addresses by CNI", "IPv4 and IPv6", " ".join(pod.addresses), len(pod.addresses) == 2))
+        lines.append(
+            Line(f"{pod.name}: addresses by CNI", "IPv4 and IPv6", " ".join(pod.addresses), len(pod.addresses) == 2)
+        )
     lines += external_learns(lab, progress)
     lines += connectivity(lab, progress)
     lines += kill_workers(lab, progress)
@@ -88,7 +94,9 @@ def external_learns(lab: Lab, progress: Callable[[str], None]) -> list[Line]:
 
     wait_until(lambda: learned() == wanted, 15)
     seen = learned()
-    return [Line("external router: pod CIDRs learned by BGP", f"{len(wanted)}", f"{len(seen & wanted)}", seen == wanted)]
+    return [
+        Line("external router: pod CIDRs learned by BGP", f"{len(wanted)}", f"{len(seen & wanted)}", seen == wanted)
+    ]
 
 
 def connectivity(lab: Lab, progress: Callable[[str], None]) -> list[Line]:
@@ -101,7 +109,9 @@ def connectivity(lab: Lab, progress: Callable[[str], None]) -> list[Line]:
             mine = [cell for cell in cells if cell.source == source and cell.family == family]
             missed = [cell.target for cell in mine if not cell.ok]
             seen = f"{len(mine) - len(missed)}" + (f" (not {', '.join(missed)})" if missed else "")
-            lines.append(Line(f"{source}: {family} destinations reached", f"{len(mine)}", seen, not missed and bool(mine)))
+            lines.append(
+                Line(f"{source}: {family} destinations reached", f"{len(mine)}", seen, not missed and bool(mine))
+            )
     return lines
 
 
@@ -126,7 +136,11 @@ def kill_workers(lab: Lab, progress: Callable[[str], None]) -> list[Line]:
             return fresh and ready(lab, source.node)
 
         ok = wait_until(back, 15)
-        lines.append(Line(f"{name} killed: back and in sync", "yes", f"after {time.monotonic() - began:.1f} s" if ok else "no", ok))
+        lines.append(
+            Line(
+                f"{name} killed: back and in sync", "yes", f"after {time.monotonic() - began:.1f} s" if ok else "no", ok
+            )
+        )
     time.sleep(0.5)
     for ping in pings:
         sent, lost = ping.stop()
@@ -137,7 +151,10 @@ def kill_workers(lab: Lab, progress: Callable[[str], None]) -> list[Line]:
 
 def print_table(lines: list[Line]) -> None:
     """The closing table on stdout."""
-    rows = [("what", "expected", "seen", ""), *((line.what, line.expected, line.seen, "ok" if line.ok else "NOT OK") for line in lines)]
+    rows = [
+        ("what", "expected", "seen", ""),
+        *((line.what, line.expected, line.seen, "ok" if line.ok else "NOT OK") for line in lines),
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     print()
     for number, row in enumerate(rows):
@@ -168,7 +185,8 @@ def main() -> int:
     if trouble:
         print(f"demo: {trouble}", file=sys.stderr)
     bad_lines = sum(not line.ok for line in lines)
-    print(f"\ndemo: {'everything as it should be' if lines and not bad_lines and not trouble else f'{bad_lines} lines are not as they should be'}")
+    good = bool(lines) and not bad_lines and not trouble
+    print("\ndemo:", "everything as it should be" if good else f"{bad_lines} lines are not as they should be")
     return 0 if lines and not bad_lines and not trouble else 1
 
 
@@ -179,5 +197,3 @@ def show_logs(lab: Lab) -> None:
         if log.exists():
             print(f"\n--- last log lines of {node.name}")
             print("\n".join(log.read_text(errors="replace").splitlines()[-15:]))
-
-

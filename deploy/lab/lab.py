@@ -57,7 +57,7 @@ def down() -> int:
     return 0
 
 
-def on(arguments: list[str]) -> int:
+def on(arguments: list[str]) -> int:  # noqa: RET503
     """Become a command on a node of the standing lab."""
     if len(arguments) < 2 or arguments[0] not in {node.name for node in NODES}:
         print(USAGE, file=sys.stderr)

@@ -21,7 +21,7 @@ class LabError(Exception):
 
 def run(command: Sequence[str], *, stdin: str | None = None) -> str:
     """Run a command to its end and return its output; `LabError` with its last error line when it fails."""
-    done = subprocess.run(command, input=stdin, text=True, capture_output=True)
+    done = subprocess.run(command, input=stdin, text=True, capture_output=True, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
         raise LabError(f"{' '.join(command)}: exit {done.returncode}: {reason}")

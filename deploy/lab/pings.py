@@ -34,7 +34,7 @@ def family_of(address: str) -> str:
 def ping_once(lab: Lab, source: str, address: str) -> bool:
     """Whether one of two echo requests comes back within a second."""
     command = lab.namespaces.command(source, ["ping", "-n", "-q", "-c", "2", "-i", "0.2", "-W", "1", address])
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     counts = COUNTS.search(done.stdout)
     return counts is not None and int(counts[2]) > 0
 
@@ -62,7 +62,7 @@ class SteadyPing:
     def __init__(self, lab: Lab, source: str, target: str, address: str) -> None:
         self.source, self.target, self.family = source, target, family_of(address)
         # Output to a file: nobody reads a pipe while the ping runs, and a full one would stop it.
-        self._output = tempfile.TemporaryFile("w+")
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             lab.namespaces.command(source, ["ping", "-n", "-i", "0.01", "-W", "1", address]),
             stdout=self._output,

@@ -57,9 +57,13 @@ def memory(lab: Lab) -> Iterator[Result]:
     output = subprocess.run(["ip", "netns", "pids", lab.namespaces.full("node1")], capture_output=True, text=True)
     sizes = {command_of(int(pid)): pss_kib(int(pid)) / 1024 for pid in output.stdout.split()}
     for name, size in sorted(sizes.items()):
-        yield Result(f"agent.pss.{name}", f"memory of {name}", size, "MiB PSS", 60.0, None, "3 nodes, manifests, dual-stack")
+        yield Result(
+            f"agent.pss.{name}", f"memory of {name}", size, "MiB PSS", 60.0, None, "3 nodes, manifests, dual-stack"
+        )
     total = sum(sizes.values())
-    yield Result("agent.pss", "memory of all processes of one agent", total, "MiB PSS", 150.0, None, f"{len(sizes)} processes")
+    yield Result(
+        "agent.pss", "memory of all processes of one agent", total, "MiB PSS", 150.0, None, f"{len(sizes)} processes"
+    )
 
 
 def killed(lab: Lab) -> Iterator[Result]:
@@ -79,7 +83,9 @@ def killed(lab: Lab) -> Iterator[Result]:
             if not wait_until(back, 20, 0.02):
                 raise RuntimeError(f"{name} did not come back")
             worst = max(worst, time.monotonic() - began)
-        yield Result(f"agent.killed.{name}", f"kill -9 of {name} until in sync again", worst, "s", 2.0, None, "worst of 3")
+        yield Result(
+            f"agent.killed.{name}", f"kill -9 of {name} until in sync again", worst, "s", 2.0, None, "worst of 3"
+        )
 
 
 def started(lab: Lab) -> Iterator[Result]:
@@ -102,4 +108,6 @@ def started(lab: Lab) -> Iterator[Result]:
             raise RuntimeError("the agent did not sync")
         times.append(time.time() - began)
     value = sorted(times)[1]
-    yield Result("agent.start", "agent start until first full sync", value, "s", 2.0, None, "median of 3, other agents run")
+    yield Result(
+        "agent.start", "agent start until first full sync", value, "s", 2.0, None, "median of 3, other agents run"
+    )

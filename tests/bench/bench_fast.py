@@ -43,17 +43,43 @@ def run() -> Iterator[Result]:
     slow = median_of(seconds(bulk(twin_ipset)), 3)
     fast = median_of(seconds(bulk(ipset)))
     shape = f"{MEMBERS} members packed twice, 100 changed, all encoded; median"
-    yield Result("fast.ipset", "pack, diff and encode ipset members", fast * 1000, "ms", 150.0, Baseline("twin", slow * 1000), shape)
+    yield Result(
+        "fast.ipset",
+        "pack, diff and encode ipset members",
+        fast * 1000,
+        "ms",
+        150.0,
+        Baseline("twin", slow * 1000),
+        shape,
+    )
 
     chains = {
-        f"KUBE-POD-FW-{i}": [f"-A KUBE-POD-FW-{i} -s 10.0.{i % 250}.{j}/32 -m comment --comment rule{j} -j ACCEPT" for j in range(10)]
+        f"KUBE-POD-FW-{i}": [
+            f"-A KUBE-POD-FW-{i} -s 10.0.{i % 250}.{j}/32 -m comment --comment rule{j} -j ACCEPT" for j in range(10)
+        ]
         for i in range(5000)
     }
     slow = median_of(seconds(lambda: twin_rulehash.rule_set_hashes(chains)), 3)
     fast = median_of(seconds(lambda: rulehash.rule_set_hashes(chains)))
-    yield Result("fast.rulehash", "hash the rules of 5,000 chains", fast * 1000, "ms", 60.0, Baseline("twin", slow * 1000), "50,000 rules, median")
+    yield Result(
+        "fast.rulehash",
+        "hash the rules of 5,000 chains",
+        fast * 1000,
+        "ms",
+        60.0,
+        Baseline("twin", slow * 1000),
+        "50,000 rules, median",
+    )
 
     hops = [str(ipaddress.IPv6Address((0xFD00 << 112) + i)) for i in range(10_000)]
     slow = median_of(seconds(lambda: [twin_tunnelname.tunnel_name(hop) for hop in hops]), 3)
     fast = median_of(seconds(lambda: [tunnelname.tunnel_name(hop) for hop in hops]))
-    yield Result("fast.tunnelname", "names of 10,000 tunnels", fast * 1000, "ms", 30.0, Baseline("twin", slow * 1000), "IPv6 next hops, median")
+    yield Result(
+        "fast.tunnelname",
+        "names of 10,000 tunnels",
+        fast * 1000,
+        "ms",
+        30.0,
+        Baseline("twin", slow * 1000),
+        "IPv6 next hops, median",
+    )

@@ -121,7 +121,9 @@ def measure(publisher: subprocess.Popen[bytes]) -> Iterator[Result]:
     """Snapshot first, then the stream of deltas."""
     baseline = Baseline("stdlib json dumps+loads of the same pods", median_of(json_seconds) * 1000)
     value = median_of(snapshot_seconds) * 1000
-    yield Result("ipc.snapshot.10k", "snapshot of 10,000 pods to a new replica", value, "ms", 150.0, baseline, "median of 5")
+    yield Result(
+        "ipc.snapshot.10k", "snapshot of 10,000 pods to a new replica", value, "ms", 150.0, baseline, "median of 5"
+    )
     replica = Replica("bench", ("pods",))
     while not replica.usable:
         replica.receive(time.monotonic())
@@ -137,7 +139,9 @@ def measure(publisher: subprocess.Popen[bytes]) -> Iterator[Result]:
             latencies.append((time.monotonic() - float(new.phase)) * 1000)
     replica.close()
     value = sorted(latencies)[int(len(latencies) * 0.99)]
-    yield Result("ipc.delta.p99", "one delta, watcher to replica, p99", value, "ms", 3.0, None, f"{DELTAS} deltas, 1 ms apart")
+    yield Result(
+        "ipc.delta.p99", "one delta, watcher to replica, p99", value, "ms", 3.0, None, f"{DELTAS} deltas, 1 ms apart"
+    )
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from support.namespaces import Namespace, namespaces
 
 from kube_router.ipc.messages import Node, NodeAddress
 from kube_router.workers.kernel.routes import RouteDriver
-from kube_router.workers.nodefacts import node_facts
 from kube_router.workers.model import Family
+from kube_router.workers.nodefacts import node_facts
 from kube_router.workers.routefacts import Prefix, Route, RoutePlan
 from kube_router.workers.router.dataplane import Dataplane
 from kube_router.workers.runtime import Trigger
@@ -71,7 +71,9 @@ def run() -> Iterator[Result]:
 
         baseline = Baseline("ip -batch with the same 10,000 routes", median_of(ip_batch, 3))
         shape = "5,000 IPv4 /24 and 5,000 IPv6 /64, median of 5"
-        yield Result("routes.driver.10k", "10,000 routes into the kernel, driver", median_of(driver), "s", 0.5, baseline, shape)
+        yield Result(
+            "routes.driver.10k", "10,000 routes into the kernel, driver", median_of(driver), "s", 0.5, baseline, shape
+        )
         flush(namespace)
         with namespace.enter():
             yield from dataplane(learned, baseline)
@@ -89,7 +91,9 @@ def dataplane(learned: dict[str, str], baseline: Baseline) -> Iterator[Result]:
         outcome = router.reconcile(own, [own], learned, frozenset(learned), Trigger(), False)
         took = time.perf_counter() - began
         assert not outcome.failures, outcome.failures[:3]
-        yield Result("routes.dataplane.10k", "10,000 learned routes through the dataplane", took, "s", 0.5, baseline, "one run")
+        yield Result(
+            "routes.dataplane.10k", "10,000 learned routes through the dataplane", took, "s", 0.5, baseline, "one run"
+        )
         changes = []
         for number in range(200):
             prefix = f"100.200.{number}.0/24"
@@ -98,6 +102,8 @@ def dataplane(learned: dict[str, str], baseline: Baseline) -> Iterator[Result]:
             router.reconcile(own, [own], learned, frozenset([prefix]), Trigger(), False)
             changes.append((time.perf_counter() - began) * 1000)
         shape = "200 single changes beside 10,000 routes, worst but two"
-        yield Result("routes.dataplane.one", "one learned route into the kernel", sorted(changes)[-3], "ms", 20.0, None, shape)
+        yield Result(
+            "routes.dataplane.one", "one learned route into the kernel", sorted(changes)[-3], "ms", 20.0, None, shape
+        )
     finally:
         router.close()

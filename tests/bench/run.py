@@ -1,8 +1,9 @@
 """``make bench``: run every benchmark (or one, by id) and write the results as JSON.
 
 Each result is ``{id, what, value, unit, goal, met, baseline: {name, value}, ratio, shape}``. ``goal`` is an upper bound
-in ``unit``; ``ratio`` is value / baseline, measured in the same run; ``shape`` tells the size of the input and how often
-it was measured. A missed goal is written as missed; the exit status tells only whether the benchmarks could be run.
+in ``unit``; ``ratio`` is value / baseline, measured in the same run; ``shape`` tells the size of the input and how
+often it was measured. A missed goal is written as missed; the exit status tells only whether
+the benchmarks could be run.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def main() -> int:
                 if arguments.only in ("", group, result.id):
                     results.append(result.as_json())
                     print_line(results[-1])
-        except Exception:
+        except Exception:  # noqa: BLE001
             failed += 1
             traceback.print_exc()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +109,9 @@ def main() -> int:
 def print_line(result: dict[str, object]) -> None:
     """One line on the terminal."""
     baseline = result["baseline"]
-    compared = f", {result['ratio']} of {baseline['name']} ({baseline['value']:.4g})" if isinstance(baseline, dict) else ""
+    compared = (
+        f", {result['ratio']} of {baseline['name']} ({baseline['value']:.4g})" if isinstance(baseline, dict) else ""
+    )
     mark = "ok    " if result["met"] else "MISSED"
     print(f"{mark} {result['id']}: {result['value']} {result['unit']} (goal {result['goal']}){compared}", flush=True)
 

@@ -45,7 +45,13 @@ class Agent:
         self.conf = folder / "cni" / "10-kuberouter.conflist"
         self.conf.parent.mkdir()
         self.conf.write_text(
-            json.dumps({"cniVersion": "0.3.1", "name": "x", "plugins": [{"type": "bridge", "bridge": "kube-bridge", "ipam": {"type": "host-local"}}]})
+            json.dumps(
+                {
+                    "cniVersion": "0.3.1",
+                    "name": "x",
+                    "plugins": [{"type": "bridge", "bridge": "kube-bridge", "ipam": {"type": "host-local"}}],
+                }
+            )
         )
         self.kubeconfig = server.write_kubeconfig(folder / "kubeconfig", {"token": TOKEN})
         self.process: subprocess.Popen[bytes] | None = None
@@ -97,7 +103,14 @@ class Agent:
 def running() -> Iterator[tuple[Agent, Namespace]]:
     with ExitStack() as stack:
         inside, outside = stack.enter_context(namespaces(2))
-        veth(inside, "eth0", outside, "eth0", left_addresses=("10.20.0.1/24", "fd20::1/64"), right_addresses=("10.20.0.9/24", "fd20::9/64"))
+        veth(
+            inside,
+            "eth0",
+            outside,
+            "eth0",
+            left_addresses=("10.20.0.1/24", "fd20::1/64"),
+            right_addresses=("10.20.0.9/24", "fd20::9/64"),
+        )
         folder = Path(stack.enter_context(temporary_folder()))
         stack.enter_context(inside.enter())
         server = stack.enter_context(ApiServer(folder / "api", tokens={TOKEN: (USER, ())}))
@@ -121,7 +134,9 @@ def temporary_folder() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def agent() -> Iterator[Agent]:
     with running() as (made, _):
-        assert wait_until(lambda: made.members("kube-router-node-ips") == {"10.20.0.1", "10.20.0.2"}, 40), made.log[-4000:]
+        assert wait_until(lambda: made.members("kube-router-node-ips") == {"10.20.0.1", "10.20.0.2"}, 40), made.log[
+            -4000:
+        ]
         yield made
 
 
@@ -142,7 +157,9 @@ def test_the_own_nodes_deprecated_annotation_becomes_an_event(agent: Agent) -> N
         return any("kube-router.io/pod-cidr" in event["message"] for event in events)
 
     assert wait_until(told, 15), agent.log[-3000:]
-    agent.server.apply({**node("alpha", 1), "metadata": {"name": "alpha", "annotations": {"kube-router.io/pod-cidr": None}}})
+    agent.server.apply(
+        {**node("alpha", 1), "metadata": {"name": "alpha", "annotations": {"kube-router.io/pod-cidr": None}}}
+    )
 
 
 def test_a_cut_api_changes_nothing_and_is_told_but_never_unhealthy(agent: Agent) -> None:
@@ -151,7 +168,10 @@ def test_a_cut_api_changes_nothing_and_is_told_but_never_unhealthy(agent: Agent)
     try:
         assert wait_until(lambda: bool(agent.status().get("source", {}).get("degraded")), 30), agent.status()
         assert agent.status()["healthy"] is True
-        answer = agent.namespace.run("wget -qO- http://127.0.0.1:20244/healthz 2>/dev/null || curl -s http://127.0.0.1:20244/healthz", check=False)
+        answer = agent.namespace.run(
+            "wget -qO- http://127.0.0.1:20244/healthz 2>/dev/null || curl -s http://127.0.0.1:20244/healthz",
+            check=False,
+        )
         assert answer.startswith("OK"), answer
         assert agent.namespace.run("ipset save; iptables-save | grep ^-A; ip6tables-save | grep ^-A") == before
     finally:
@@ -186,7 +206,10 @@ def test_a_token_that_may_not_list_nodes_is_told_and_nothing_is_removed(agent: A
     try:
         pid = next(worker["pid"] for worker in agent.status()["workers"] if worker["name"] == "watcher")
         os.kill(pid, signal.SIGKILL)
-        wanted = lambda: any("nodes" in line and "forbidden" in line.lower() for line in agent.status().get("source", {}).get("degraded", []))  # noqa: E731
+        wanted = lambda: any(  # noqa: E731
+            "nodes" in line and "forbidden" in line.lower()
+            for line in agent.status().get("source", {}).get("degraded", [])
+        )
         assert wait_until(wanted, 30), agent.status()
         assert agent.members("kube-router-node-ips") == before
     finally:

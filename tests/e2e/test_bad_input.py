@@ -31,7 +31,9 @@ def lab() -> Iterator[Lab]:
     try:
         made.up(lambda text: None)
         for node in NODES:
-            assert wait_until(lambda name=node.name: demo.ready(made, name), 60), made.log_file(node.name).read_text()[-3000:]
+            assert wait_until(lambda name=node.name: demo.ready(made, name), 60), made.log_file(node.name).read_text()[
+                -3000:
+            ]
         yield made
     finally:
         made.down()
@@ -41,7 +43,9 @@ Manifest = dict[str, Any]
 
 
 def without_ipv6(manifest: Manifest) -> None:
-    manifest["status"]["addresses"] = [entry for entry in manifest["status"]["addresses"] if ":" not in entry["address"]]
+    manifest["status"]["addresses"] = [
+        entry for entry in manifest["status"]["addresses"] if ":" not in entry["address"]
+    ]
 
 
 def annotated(key: str, value: str) -> Callable[[Manifest], None]:
@@ -57,10 +61,19 @@ def overlapping(manifest: Manifest) -> None:
 
 BAD_NODES: dict[str, tuple[Callable[[Manifest], None], list[str]]] = {
     "no address of an enabled family": (without_ipv6, ["node2", "IPv6 was enabled, but no IPv6 address was found"]),
-    "peer ASNs that are no numbers": (annotated("peers", "- remoteip: 10.10.1.1\n  remoteasn: many\n"), ["node2", "peers", "many"]),
+    "peer ASNs that are no numbers": (
+        annotated("peers", "- remoteip: 10.10.1.1\n  remoteasn: many\n"),
+        ["node2", "peers", "many"],
+    ),
     "peers that are no YAML": (annotated("peers", "- {remoteip: [}"), ["node2", "kube-router.io/peers"]),
-    "a pod CIDR that is none": (annotated("pod-cidrs", "10.244.2.0/24,fd00:244:2::/640"), ["node2", "pod-cidrs", "fd00:244:2::/640"]),
-    "the deprecated annotation": (annotated("pod-cidr", "10.244.2.0/24"), ["node2", "kube-router.io/pod-cidr", "deprecated"]),
+    "a pod CIDR that is none": (
+        annotated("pod-cidrs", "10.244.2.0/24,fd00:244:2::/640"),
+        ["node2", "pod-cidrs", "fd00:244:2::/640"],
+    ),
+    "the deprecated annotation": (
+        annotated("pod-cidr", "10.244.2.0/24"),
+        ["node2", "kube-router.io/pod-cidr", "deprecated"],
+    ),
     "pod CIDRs of two nodes that overlap": (overlapping, ["node2", "node3", "10.244.3.128/25", "10.244.3.0/24"]),
 }
 
@@ -91,7 +104,10 @@ def yaml_bomb() -> str:
 
 BAD_FILES: dict[str, tuple[Callable[[], str], list[str]]] = {
     "not YAML": (lambda: "kind: Node\nmetadata: {name: [\n", ["bad.yaml"]),
-    "a wrong type": (lambda: "apiVersion: v1\nkind: Node\nmetadata: {name: x}\nspec: {podCIDRs: 7}\n", ["bad.yaml", "podCIDRs"]),
+    "a wrong type": (
+        lambda: "apiVersion: v1\nkind: Node\nmetadata: {name: x}\nspec: {podCIDRs: 7}\n",
+        ["bad.yaml", "podCIDRs"],
+    ),
     "a YAML bomb": (yaml_bomb, ["bad.yaml"]),
     "100 MB": (lambda: "# x\n" * 26_214_400, ["bad.yaml"]),
 }
@@ -140,7 +156,11 @@ def start(
         *flags,
     ]
     return subprocess.Popen(
-        lab.namespaces.command("node3", command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        lab.namespaces.command("node3", command),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
     )
 
 
@@ -236,6 +256,5 @@ def test_sockets_of_the_run_directory_are_closed_to_others(lab: Lab) -> None:
     assert run_dir.stat().st_mode & 0o777 == 0o700
     for path in run_dir.rglob("*"):
         assert path.stat().st_mode & 0o007 == 0 or path.parent != run_dir / "ipc", path
-    with socket.socket(socket.AF_UNIX) as probe:
-        with pytest.raises(OSError):
-            probe.connect(str(run_dir / "no-such.sock"))
+    with socket.socket(socket.AF_UNIX) as probe, pytest.raises(OSError):  # noqa: PT011
+        probe.connect(str(run_dir / "no-such.sock"))

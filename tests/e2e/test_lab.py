@@ -36,7 +36,9 @@ def kernel_writes(lab: Lab, node: str) -> Iterator[list[str]]:
     """Collects what the kernel tells of changes to links, addresses, routes, rules and nftables in a node."""
     seen: list[str] = []
     watchers = [
-        subprocess.Popen(lab.namespaces.command(node, command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            lab.namespaces.command(node, command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         for command in (["ip", "monitor", "link", "address", "route", "rule"], ["nft", "monitor"])
     ]
     time.sleep(0.3)
@@ -135,7 +137,19 @@ def test_killing_gobgpd_keeps_the_nodes_own_routes_and_heals(lab: Lab) -> None:
 @pytest.mark.parametrize(
     "foreign",
     [
-        ["iptables", "-D", "FORWARD", "-i", "kube-bridge", "-m", "comment", "--comment", "allow outbound traffic from pods", "-j", "ACCEPT"],
+        [
+            "iptables",
+            "-D",
+            "FORWARD",
+            "-i",
+            "kube-bridge",
+            "-m",
+            "comment",
+            "--comment",
+            "allow outbound traffic from pods",
+            "-j",
+            "ACCEPT",
+        ],
         ["ip6tables", "-t", "nat", "-F", "POSTROUTING"],
         ["ip", "route", "del", "10.244.2.0/24"],
         ["ip", "-6", "route", "del", "fd00:244:2::/64"],
@@ -187,7 +201,9 @@ def test_a_node_that_goes_takes_its_routes_and_session_with_it(lab: Lab) -> None
     manifest = node_manifest(NODES[1])
     (lab.manifests / "node2.yaml").unlink()
     try:
-        assert wait_until(lambda: not any("10.10.1.12" in r for r in pod_routes(lab, "node1")), 15), pod_routes(lab, "node1")
+        assert wait_until(lambda: not any("10.10.1.12" in r for r in pod_routes(lab, "node1")), 15), pod_routes(
+            lab, "node1"
+        )
         sessions = lab.status("node1")["sessions"]
         assert "10.10.1.12" not in {session["address"] for session in sessions}
     finally:

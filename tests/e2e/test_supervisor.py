@@ -1,4 +1,4 @@
-"""The life of an agent under a real supervisord: one stream, restarts, privileges, stopping, as a process and as PID 1."""
+"""The life of an agent under a real supervisord: one stream, restarts, privileges, stopping; also as PID 1."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_log_that_nobody_reads_stops_no_worker(agent: Agent) -> None:
 
     def told() -> bool:
         nonlocal text
-        try:
+        try:  # noqa: SIM105
             text += os.read(ours, 1 << 20)
         except BlockingIOError:
             pass

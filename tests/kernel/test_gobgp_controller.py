@@ -113,7 +113,12 @@ def test_a_learned_route_takes_the_short_way_into_the_kernel_and_out_again(
     listings: list[str] = []
     client: Any = driven.controller._bgp._client
     inner = client.observe
-    client.observe = lambda: listings.append("observe") or inner()
+
+    def listing(*paths: Any) -> Any:
+        listings.append("observe")
+        return inner(*paths)
+
+    client.observe = listing
     more = {**THEIRS, "10.244.9.0/24": "10.0.0.2"}
     other.plan(other_node(more))
     until(driven, other, lambda: driven.routes() == more, "one more route")

@@ -187,7 +187,11 @@ def test_a_daemon_that_dies_leaves_the_routes_and_is_set_up_again(lab: Lab) -> N
 def test_an_outside_peer_gets_own_pod_cidrs_only_and_cannot_teach_a_default_route(lab: Lab) -> None:
     theirs = {"0.0.0.0/0": OUTSIDE, "::/0": "2001:db8::9", "198.51.100.0/24": OUTSIDE, "2001:db8:5::/48": "2001:db8::9"}
     outside = lab.outsider(outsider_state(paths=theirs))
-    peers: dict[str, Any] = {"peer_router_ips": (OUTSIDE,), "peer_router_asns": (OUTSIDE_ASN,), "peer_router_ports": (PORT,)}
+    peers: dict[str, Any] = {
+        "peer_router_ips": (OUTSIDE,),
+        "peer_router_asns": (OUTSIDE_ASN,),
+        "peer_router_ports": (PORT,),
+    }
     a, b = lab.speaker("a", **peers), lab.speaker("b")
     for speaker in (a, b):
         assert speaker.see(A, B).failures == ()
@@ -201,7 +205,11 @@ def test_an_outside_peer_gets_own_pod_cidrs_only_and_cannot_teach_a_default_rout
 
 def test_pod_cidrs_are_hidden_shown_and_hidden_again_without_touching_the_session(lab: Lab) -> None:
     outside = lab.outsider(outsider_state())
-    peers: dict[str, Any] = {"peer_router_ips": (OUTSIDE,), "peer_router_asns": (OUTSIDE_ASN,), "peer_router_ports": (PORT,)}
+    peers: dict[str, Any] = {
+        "peer_router_ips": (OUTSIDE,),
+        "peer_router_asns": (OUTSIDE_ASN,),
+        "peer_router_ports": (PORT,),
+    }
     a = lab.speaker("a", advertise_pod_cidr=False, **peers)
     a.see(A)
     wait_for(lambda: outside.established("10.0.0.1"), UP_SECONDS, "session", a, outside)

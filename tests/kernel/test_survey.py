@@ -8,7 +8,12 @@ from kube_router.workers.kernel.routes import RouteDriver
 from kube_router.workers.kernel.survey import SurveyedRoute, survey_routes
 from kube_router.workers.routefacts import Prefix, Route, RoutePlan
 
-ROUTES = {"10.244.1.0/24": "10.0.0.2", "10.244.2.0/25": "10.0.0.3", "fd00:244:1::/64": "fd00::2", "2001:db8::/32": "fd00::3"}
+ROUTES = {
+    "10.244.1.0/24": "10.0.0.2",
+    "10.244.2.0/25": "10.0.0.3",
+    "fd00:244:1::/64": "fd00::2",
+    "2001:db8::/32": "fd00::3",
+}
 
 
 def test_pyroute2_reads_the_routes_that_our_driver_wrote_and_no_others(netns: Namespace) -> None:

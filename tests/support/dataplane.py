@@ -77,7 +77,7 @@ class RunningDataplane:
         """Read every waker that is ready; whether one asks for a reconciliation."""
         wakers = self.dataplane.wakers()
         ready, _, _ = select.select(list(wakers), [], [], 0)
-        return any([wakers[descriptor]() for descriptor in ready])
+        return any([wakers[descriptor]() for descriptor in ready])  # noqa: C419 - each must be drained
 
     def woken_within(self, seconds: float) -> bool:
         """Wait for a waker that asks for a reconciliation."""
@@ -85,7 +85,7 @@ class RunningDataplane:
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             ready, _, _ = select.select(list(wakers), [], [], left)
-            if any([wakers[descriptor]() for descriptor in ready]):
+            if any([wakers[descriptor]() for descriptor in ready]):  # noqa: C419 - each must be drained
                 return True
         return False
 

@@ -17,7 +17,9 @@ def output(lab: Lab, node: str, *command: str) -> str:
 
 def pod_routes(lab: Lab, node: str) -> set[str]:
     """The node's kernel routes of protocol 17, both families, one line each without volatile parts."""
-    lines = output(lab, node, "ip", "route", "show", "proto", "17") + output(lab, node, "ip", "-6", "route", "show", "proto", "17")
+    lines = output(lab, node, "ip", "route", "show", "proto", "17") + output(
+        lab, node, "ip", "-6", "route", "show", "proto", "17"
+    )
     return {" ".join(line.split()) for line in lines.splitlines()}
 
 

@@ -230,7 +230,7 @@ def test_a_reader_that_stalls_costs_lines_and_never_blocks(monkeypatch: pytest.M
     text = b""
     os.set_blocking(reader, False)
     for _ in range(100):
-        try:
+        try:  # noqa: SIM105
             text += os.read(reader, 65536)
         except BlockingIOError:
             pass

@@ -156,8 +156,8 @@ CHANGES: dict[str, tuple[Callable[[Path], object], set[str]]] = {
     "renamed": (lambda folder: (folder / "a.yaml").rename(folder / "z.yaml"), {"a"}),
     "renamed away": (lambda folder: (folder / "a.yaml").rename(folder / "a.yaml~"), set()),
     "emptied": (lambda folder: (folder / "a.yaml").write_text(""), set()),
-    "hard link": (lambda folder: ((folder.parent / "x").write_text(node("b")), os.link(folder.parent / "x", folder / "b.yaml")), {"a", "b"}),
-    "symbolic link": (lambda folder: ((folder.parent / "x").write_text(node("b")), (folder / "b.yaml").symlink_to("../x")), {"a", "b"}),
+    "hard link": (lambda folder: ((folder.parent / "x").write_text(node("b")), os.link(folder.parent / "x", folder / "b.yaml")), {"a", "b"}),  # noqa: E501
+    "symbolic link": (lambda folder: ((folder.parent / "x").write_text(node("b")), (folder / "b.yaml").symlink_to("../x")), {"a", "b"}),  # noqa: E501
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""From the API's JSON to projections: every kind, nulls and gaps as Go writes them, defaults as the server fills them."""
+"""From the API's JSON to projections: every kind, nulls and gaps as Go writes them, the server's defaults."""
 
 from __future__ import annotations
 

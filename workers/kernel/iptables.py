@@ -82,6 +82,7 @@ def run_program(arguments: list[str], stdin: str = "") -> str:
             text=True,
             env=environment,
             timeout=RUN_SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise IptablesError(f"{' '.join(arguments)}: no end after {RUN_SECONDS} s") from None

@@ -130,7 +130,7 @@ def error_of(message: Message) -> NetlinkError | None:
         if message.type == _NLMSG_ERROR:
             (echoed,) = struct.unpack_from("=I", message.payload, 4)
             offset += _HEADER.size if message.flags & NLM_F_CAPPED else (echoed + 3) & ~3
-        found = {kind: value for kind, value in attributes(message.payload, offset)}
+        found = dict(attributes(message.payload, offset))
         words = text_of(found.get(_NLMSGERR_ATTR_MSG, b""))
     return NetlinkError(-number, words)
 
