@@ -46,7 +46,7 @@ class Watch:
         self._eventfd = eventfd
         self._lock = threading.Lock()
         self._taken = Taken()
-        self._signalled = False
+        self._signalled = self._closed = False
         self._stream = client.watch()
         self._thread = threading.Thread(target=self._read, name="gobgp-watch", daemon=True)
         self._thread.start()
@@ -54,11 +54,13 @@ class Watch:
     def take(self) -> Taken:
         """Everything that has arrived; never blocks for long."""
         with self._lock:
-            taken, self._taken, self._signalled = self._taken, Taken(), False
+            taken, self._taken, self._signalled = self._taken, Taken(), self._closed
         return taken
 
     def close(self) -> None:
-        """End the stream and the thread."""
+        """End the stream and the thread; the eventfd is not written to any more and may be closed."""
+        with self._lock:
+            self._signalled = self._closed = True
         self._stream.cancel()
         self._thread.join(timeout=1.0)
 
