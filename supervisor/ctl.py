@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from kube_router.supervisor import status
 from kube_router.workers.settings import Settings
@@ -29,14 +30,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return UNREACHABLE
 
 
+def default_run_dir(here: Path) -> str:
+    """``here`` when it is an agent's run directory (as supervisorctl looks there too), else the flag's default."""
+    return str(here) if (here / "supervisord.sock").exists() else Settings().run_dir
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The grammar of the command line."""
     parser = argparse.ArgumentParser(prog=PROGRAM, description="Look at a running kube-router agent.")
     parser.add_argument(
         "--run-dir",
-        default=Settings().run_dir,
+        default=default_run_dir(Path.cwd()),
         metavar="DIR",
-        help="the agent's --run-dir (default %(default)s)",
+        help="the agent's --run-dir (default: the working directory if it is one, else %(default)s)",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_status(commands)
