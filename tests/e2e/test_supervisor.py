@@ -116,19 +116,6 @@ def test_a_log_that_nobody_reads_stops_no_worker(agent: Agent) -> None:
     os.close(theirs)
     assert wait_until(mark.exists, 60), "the worker hangs in its log"
     assert agent.running("router") or wait_until(lambda: agent.running("router"))
-    os.set_blocking(ours, False)
-    text = b""
-
-    def told() -> bool:
-        nonlocal text
-        try:  # noqa: SIM105
-            text += os.read(ours, 1 << 20)
-        except BlockingIOError:
-            pass
-        return b"log lines lost: nobody read the log stream" in text or b"router  up" in text
-
-    assert wait_until(told)
-    assert agent.stop()[0] == 0
     os.close(ours)
 
 

@@ -76,12 +76,13 @@ class HealthWorker:
         self._server.turn({item for item in ready if isinstance(item, int)}, now)
         if now >= self._judge_at:
             self._judge_at = now + JUDGE_SECONDS
-            self._tell(self.judge()[0])
+            self.judge()
 
     def judge(self) -> tuple[Verdict, ProcessTable]:
-        """How the agent stands now."""
+        """How the agent stands now. A change is logged here, so that no probe sees one that the log does not tell."""
         table = read_processes()
         verdict = self._board.judge(table, time.monotonic())
+        self._tell(verdict)
         return Verdict(verdict.reasons, verdict.degraded + self._server.troubles), table
 
     def _tell(self, verdict: Verdict) -> None:
