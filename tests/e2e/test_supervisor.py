@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -115,7 +116,18 @@ def test_a_log_that_nobody_reads_stops_no_worker(agent: Agent) -> None:
     agent.start(stdout=theirs)
     os.close(theirs)
     assert wait_until(mark.exists, 60), "the worker hangs in its log"
-    assert agent.running("router") or wait_until(lambda: agent.running("router"))
+    assert wait_until(lambda: agent.running("router"))
+    os.set_blocking(ours, False)
+    text = b""
+
+    def told() -> bool:
+        nonlocal text
+        with contextlib.suppress(BlockingIOError):
+            text += os.read(ours, 1 << 20)
+        return b"log lines lost: nobody read the log stream" in text
+
+    assert wait_until(told), "the reader is not told what it missed"
+    assert agent.stop()[0] == 0
     os.close(ours)
 
 
