@@ -196,7 +196,8 @@ def test_an_agent_restarted_while_the_api_is_down_goes_on_from_its_snapshot(agen
     finally:
         agent.server.start_server()
     assert wait_until(lambda: "10.20.0.77" not in agent.members("kube-router-node-ips"), 60), agent.log[-4000:]
-    assert agent.status()["source"]["stale"] is False
+    # The health worker hears of it by the watcher's next heartbeat, up to a second later.
+    assert wait_until(lambda: agent.status().get("source", {}).get("stale") is False, 10), agent.status()
     assert agent.namespace.run("ipset save; iptables-save | grep ^-A; ip6tables-save | grep ^-A") == before
 
 

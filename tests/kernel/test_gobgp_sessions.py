@@ -70,7 +70,7 @@ class Lab:
         daemon = self.daemon(name, generation)
         values = {"run_dir": str(daemon.run_dir), "enable_ipv6": True, "bgp_port": PORT, "node_name": name, **flags}
         speaker = Speaker(daemon, name, Settings(**values), secrets)  # type: ignore[arg-type]
-        self.stack.callback(speaker.bgp.close)
+        self.stack.callback(speaker.close)
         return speaker
 
     def outsider(self, state: BgpState) -> Outsider:

@@ -111,6 +111,10 @@ class Speaker:
         self.bgp = Bgp(self.settings, self.secrets)
         self._fresh, self.writes = True, 0
 
+    def close(self) -> None:
+        """The worker process ends; gobgpd goes on."""
+        self.bgp.close()
+
     def see(self, *nodes: Node) -> Outcome:
         """The cluster now consists of these nodes; one reconciliation."""
         self.cluster = {node.name: node for node in nodes}
