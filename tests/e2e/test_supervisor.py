@@ -683,3 +683,61 @@ def test_a_flood_of_clients_stops_neither_heartbeats_nor_the_probe(healthy_agent
         time.sleep(0.5)
     router = next(w for w in json.loads(agent.ctl("status", "-o", "json").stdout)["workers"] if w["name"] == "router")
     assert router["last_sync_age"] < 5
+
+
+NODE = """
+apiVersion: v1
+kind: Node
+metadata: {name: n1}
+spec: {podCIDRs: [10.244.1.0/24, "fd00:244:1::/64"]}
+status: {addresses: [{type: InternalIP, address: 127.0.0.1}, {type: InternalIP, address: "::1"}]}
+"""
+
+
+def test_the_whole_agent_works_with_its_least_privileges(agent: Agent) -> None:
+    """All real workers: the users differ, the sockets between them must let all pass, and the disk must be writable."""
+    manifests = agent.folder / "manifests"
+    manifests.mkdir()
+    (manifests / "node.yaml").write_text(NODE)
+    cni = agent.folder / "net.d" / "10-kuberouter.conflist"
+    cni.parent.mkdir()
+    plugin = {"type": "bridge", "bridge": "kube-bridge", "ipam": {"type": "host-local"}}
+    cni.write_text(json.dumps({"cniVersion": "1.0.0", "name": "n", "plugins": [plugin]}))
+    agent.settings = with_settings(
+        agent,
+        manifests=str(manifests),
+        cni_conf_file=str(cni),
+        node_name="n1",
+        enable_ipv6=True,
+        enable_overlay=False,
+        run_firewall=False,
+        run_service_proxy=False,
+        health_port=20244,
+    )
+    agent.open_to_others()
+    agent.start()
+    agent.wait_running("watcher", "gobgpd", "router", "cni", "health")
+
+    def workers() -> dict[str, dict[str, Any]]:
+        text = agent.ctl("status", "-o", "json").stdout
+        return {worker["name"]: worker for worker in json.loads(text)["workers"]} if text else {}
+
+    def synced() -> bool:
+        found = workers()
+        return all(found.get(name, {}).get("last_sync_age") is not None for name in ("watcher", "router", "cni"))
+
+    assert wait_until(synced, 30), (agent.ctl("status").stdout, agent.log)
+    privileges = {name: worker["privileges"] for name, worker in workers().items() if name != "gobgpd"}
+    assert privileges == {
+        "watcher": "uid=65532 caps=none no_new_privs=1",
+        "router": "uid=0 caps=net_admin,net_raw no_new_privs=1",
+        "cni": "uid=0 caps=net_admin,sys_module no_new_privs=1",
+        "health": "uid=65532 caps=none no_new_privs=1",
+    }
+    assert "10.244.1.0/24" in cni.read_text()
+    assert fetch(agent, "http://127.0.0.1:20244/healthz")[0] == 200
+    assert wait_until(lambda: list((agent.folder / "state" / "watcher").iterdir())), "no snapshot on disk"
+    pid = workers()["watcher"]["pid"]
+    os.kill(agent.pid_of("watcher"), signal.SIGKILL)
+    assert wait_until(lambda: workers().get("watcher", {}).get("pid") not in (None, 0, pid) and synced()), agent.log
+    assert agent.stop()[0] == 0
