@@ -82,7 +82,10 @@ SetKey = PodSet | PortSet | BlockSet
 
 @dataclass(frozen=True, slots=True)
 class PortRange:
-    """Ports of a protocol; ``first`` None means all of them. ``last`` equals ``first`` for a single port."""
+    """Ports of a protocol; ``first`` None means all of them. ``last`` equals ``first`` for a single port.
+
+    ``protocol``, here and in `PortSet`, is the API's word: ``TCP``, ``UDP``, ``SCTP``.
+    """
 
     protocol: str
     first: int | None = None
