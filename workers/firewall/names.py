@@ -85,7 +85,7 @@ def _identity(key: SetKey) -> Iterable[str]:
 
 
 def comment(key: Key, words: str) -> str:
-    """``<namespace>/<name> <words>``: without control characters, quotes, backslashes; cut to what both backends take."""
+    """``<namespace>/<name> <words>``: without control characters, quotes, backslashes; cut to fit both backends."""
     text = f"{key} {words}"
     clean = "".join(char for char in text if char.isprintable() and char not in '"\\')
     while len(clean.encode()) > LONGEST_COMMENT:
