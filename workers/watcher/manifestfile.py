@@ -130,6 +130,9 @@ def _check_shape(text: str) -> None:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, BadManifest):
             raise
+        if "nesting depth" in str(error):  # libyaml since 0.2.6 has a bound of its own, and its scanner reads ahead
+            mark = getattr(error, "problem_mark", None)
+            raise BadManifest(f"line {mark.line + 1 if mark else '?'}: nested deeper than {MAX_DEPTH} levels") from None
         raise BadManifest(_yaml_reason(error)) from None
 
 
