@@ -26,6 +26,7 @@ DISPATCH_PREFIX = "KUBE-POD-BY-"
 SOURCE_PREFIX, DESTINATION_PREFIX = "KUBE-SRC-", "KUBE-DST-"
 LOCAL_PODS = "kube-router-local-pods"
 NODE_PORTS = {protocol: f"kube-router-node-ports-{protocol}" for protocol in ("tcp", "udp", "sctp")}
+"""Sets of ports. In a bitmap:port set the kernel looks up TCP and UDP, never SCTP (tests/kernel/test_walkers.py)."""
 
 ALLOWED = 0x10000
 """Mark bit: a policy allowed the packet in the direction that is being looked at."""

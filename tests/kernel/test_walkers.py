@@ -1,0 +1,207 @@
+"""The walkers against the real kernel: the same rules, real packets there, walked packets here, the same fate.
+
+Each rule set is loaded by the real programs and walked in the words in which they print it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from support.iptables_walk import IptablesWalk
+from support.podnet import PodNet, podnet
+from support.probes import Flow
+from support.walk import Walked, WirePacket
+
+from kube_router.workers.model import Family
+
+PROGRAMS = {Family.IPV4: "iptables", Family.IPV6: "ip6tables"}
+Walk = Callable[[WirePacket], Walked]
+
+
+@pytest.fixture(scope="module")
+def standing() -> Iterator[PodNet]:
+    with podnet("abc", "x") as net:
+        yield net
+
+
+@pytest.fixture
+def net(standing: PodNet) -> Iterator[PodNet]:
+    standing.flush()
+    yield standing
+    standing.flush()
+
+
+def flows(net: PodNet, family: Family) -> list[Flow]:
+    """Everything through node n1: bridged, routed, to it and from it, on several ports."""
+    pairs = [
+        (one, two) for one in ("a", "b", "c", "client", "x", "n1") for two in ("a", "b", "c", "x", "n1") if one != two
+    ]
+    return [
+        Flow(net[one].of(family), net[two].of(family), protocol, port)
+        for one, two in pairs
+        for protocol, ports in {"tcp": (80, 8080, 30080), "udp": (80, 8080), "sctp": (80, 8080), "icmp": (0,)}.items()
+        for port in ports
+    ]
+
+
+def disagreements(net: PodNet, family: Family, walk: Walk) -> tuple[list[str], int]:
+    """Flows whose real fate differs from the walked one, and how many were blocked."""
+    wanted = flows(net, family)
+    walked: dict[Flow, bool] = {}
+    told: dict[Flow, str] = {}
+    for flow in wanted:
+        crossing = net.crossing(flow, "n1")
+        assert crossing is not None
+        fates = [walk(packet) for packet in crossing]
+        walked[flow] = all(fate.allowed for fate in fates)
+        told[flow] = "; ".join(map(str, fates))
+    answers = net.probes.try_all(wanted)
+    wrong = [flow for flow in wanted if (answers[flow] == "open") != walked[flow]]
+    if wrong:  # a busy machine answers late
+        again = net.probes.try_all(wrong, 1.5)
+        wrong = [flow for flow in wrong if (again[flow] == "open") != walked[flow]]
+    return [f"{flow} is {answers[flow]}: {told[flow]}" for flow in wrong], list(walked.values()).count(False)
+
+
+SETS = """
+create one hash:ip timeout 0 family {inet}
+add one {a}
+create many hash:net timeout 0 family {inet}
+add many {net_a}
+add many {client}
+create triples hash:ip,port timeout 0 family {inet}
+add triples {b},tcp:80
+add triples {b},udp:8080
+add triples {c},sctp:80
+add triples {node},tcp:8080
+create empty hash:ip timeout 0 family {inet}
+create ports bitmap:port range 0-65535
+add ports 80
+add ports 30080
+"""
+
+RULES = {
+    "goto-returns-to-the-caller-s-caller": """
+        :OUTER - [0:0]
+        :INNER - [0:0]
+        :LEAF - [0:0]
+        -A {hook} -j OUTER
+        -A {hook} -p tcp --dport 8080 -j DROP
+        -A OUTER -j INNER
+        -A OUTER -p udp --dport 80 -j DROP
+        -A INNER -p tcp -g LEAF
+        -A INNER -p udp --dport 8080 -g LEAF
+        -A INNER -p sctp --dport 80 -j DROP
+        -A INNER -j RETURN
+        -A INNER -j DROP
+        -A LEAF -p tcp --dport 80 -j RETURN
+        -A LEAF -p tcp --dport 30080 -j REJECT
+        -A LEAF -d {b} -j DROP
+    """,
+    "goto-in-a-built-in-chain-ends-in-its-policy": """
+        :{hook} DROP [0:0]
+        :LEAF - [0:0]
+        -A {hook} -p tcp -g LEAF
+        -A {hook} -p udp --dport 80 -j RETURN
+        -A {hook} -j ACCEPT
+        -A LEAF -p tcp --dport 80 -j ACCEPT
+    """,
+    "marks": """
+        :SETS - [0:0]
+        -A {hook} -j MARK --set-xmark 0x30000/0x30000
+        -A {hook} -j MARK --set-xmark 0x0/0x10000
+        -A {hook} -m mark ! --mark 0x20000/0x30000 -j DROP
+        -A {hook} -p tcp -j SETS
+        -A {hook} -m mark --mark 0x10000/0x10000 -j ACCEPT
+        -A {hook} -p udp -j MARK --set-xmark 0x20001/0x20001
+        -A {hook} -m mark --mark 0x20001/0x20001 -j ACCEPT
+        -A {hook} -j REJECT
+        -A SETS -p tcp --dport 80 -j MARK --set-xmark 0x10000/0x10000
+        -A SETS -m comment --comment "odd \\"words\\" 'here'" {refused} {log}
+        -A SETS {refused} -j REJECT
+    """,
+    "sets": """
+        -A {hook} -m set --match-set one src -m set ! --match-set many dst -j DROP
+        -A {hook} -m set --match-set triples dst,dst -j ACCEPT
+        -A {hook} -m set --match-set empty src -j DROP
+        -A {hook} -m set ! --match-set empty dst -p tcp -m set --match-set many src -j REJECT
+        -A {hook} -p udp --dport 80:8080 -d {c} -j DROP
+        -A {hook} -p sctp -d {c} -j DROP
+    """,
+    "node-ports": """
+        -A {hook} -p tcp -m addrtype --dst-type LOCAL -m set --match-set ports dst -j ACCEPT
+        -A {hook} -p udp -m set --match-set ports dst -j ACCEPT
+        -A {hook} -p sctp -m set --match-set ports dst -j DROP
+        -A {hook} -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 8080,9000:9100 -j REJECT
+        -A {hook} -m addrtype --src-type LOCAL -d {b} -j DROP
+        -A {hook} -p udp -m addrtype ! --dst-type LOCAL -j DROP
+    """,
+    "icmp": """
+        -A {hook} -p {icmp} --{icmp_option}-type echo-request -s {a} -j DROP
+        -A {hook} -p {icmp} --{icmp_option}-type echo-reply -s {b} -j DROP
+        -A {hook} -p udp -s {c} -j DROP
+    """,
+    "bridged": """
+        -A {hook} -m physdev --physdev-is-bridged -p tcp -j DROP
+        -A {hook} ! -s {a} ! -d {a} -p udp -j REJECT
+    """,
+}
+
+
+HOOKS = ("INPUT", "FORWARD", "OUTPUT")
+
+
+def words(net: PodNet, family: Family) -> dict[str, str]:
+    """What stands for the braces of rules and sets."""
+    six = family is Family.IPV6
+    return {
+        "inet": "inet6" if six else "inet",
+        "node": "fd00:244:1::1" if six else "10.244.1.1",
+        "net_a": "fd00:244:1::8/125" if six else "10.244.1.8/30",
+        "refused": "-m mark ! --mark 0x10000/0x10000",
+        "log": "-j NFLOG --nflog-group 100 -m limit --limit 10/minute --limit-burst 10",
+        "icmp": "ipv6-icmp" if six else "icmp",
+        "icmp_option": "icmpv6" if six else "icmp",
+        **{name: net[name].of(family) for name in ("a", "b", "c", "client")},
+    }
+
+
+def rendered(net: PodNet, family: Family, rules: str) -> str:
+    """A rule set for ``iptables-restore``, the same in all three hooks; answers, and neighbours, come through."""
+    given = words(net, family)
+    lines = [line.strip() for line in rules.strip().splitlines()]
+    keep = ["-A {hook} -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"]
+    if family is Family.IPV6:
+        keep += [f"-A {{hook}} -p ipv6-icmp --icmpv6-type {number} -j ACCEPT" for number in (135, 136)]
+    heads = [line for line in lines if line.startswith(":")]
+    ordered = heads + keep + [line for line in lines if not line.startswith(":")]
+    spread = [line.format(hook=hook, **given) for line in ordered for hook in HOOKS]
+    return "\n".join(["*filter", *dict.fromkeys(spread), "COMMIT", ""])
+
+
+def load_iptables(net: PodNet, family: Family, kind: str, rules: str) -> IptablesWalk:
+    """Load one rule set on node n1 and read it back into a walker."""
+    node = net["n1"].namespace
+    node.run("ipset restore", stdin=SETS.format(**words(net, family)))
+    program = f"{PROGRAMS[family]}-{kind}"
+    node.run(f"{program}-restore", stdin=rendered(net, family, rules))
+    return IptablesWalk(family, node.run(f"{program}-save -t filter"), node.run("ipset save"))
+
+
+@pytest.mark.parametrize("family", list(Family), ids=str)
+@pytest.mark.parametrize("kind", ["nft", "legacy"])
+@pytest.mark.parametrize("name", RULES)
+def test_iptables_rules_do_to_packets_what_the_walker_says(net: PodNet, name: str, kind: str, family: Family) -> None:
+    walker = load_iptables(net, family, kind, RULES[name])
+    wrong, blocked = disagreements(net, family, walker.walk)
+    assert wrong == []
+    assert 0 < blocked < len(flows(net, family)), "a rule set that blocks nothing, or everything, proves nothing"
+
+
+@pytest.mark.parametrize("family", list(Family), ids=str)
+def test_the_comparison_sees_one_wrong_rule(net: PodNet, family: Family) -> None:
+    walker = load_iptables(net, family, "nft", RULES["sets"])
+    net["n1"].namespace.run(f"{PROGRAMS[family]}-nft -I FORWARD -p sctp -d {net['b'].of(family)} --dport 80 -j DROP")
+    wrong, _ = disagreements(net, family, walker.walk)
+    assert len(wrong) == 4  # from a, c, client and x
