@@ -15,7 +15,7 @@ import pytest
 from support.fake_kernel import METRIC, FakeKernel, FakeRoutes, FakeRules, FakeSets, TableEntry
 from support.namespaces import Namespace, namespaces
 
-from kube_router.workers.kernel.ipset import SetDriver, SetError
+from kube_router.workers.kernel.ipset import SetDriver, SetError, SetFull, SetReferenced
 from kube_router.workers.kernel.iptables import IptablesError, Programs, RuleDriver
 from kube_router.workers.kernel.routes import RouteDriver
 from kube_router.workers.model import Family
@@ -217,6 +217,84 @@ def test_a_set_of_another_type_is_a_conflict_and_stays(host: Host, family: Famil
         with pytest.raises(SetError, match=r"test-nets: exists as hash:ip.* but must be hash:net"):
             act(net_set(family))
     assert host.sets.count(SetSpec(SetName("test-nets"), "hash:ip", family)) == 0
+
+
+ENDPOINTS = {
+    Family.IPV4: ["10.2.0.1,tcp:80", "10.2.0.1,udp:80", "10.2.0.2,sctp:65535"],
+    Family.IPV6: ["fd02::1,tcp:80", "fd02::1,udp:80", "fd02::2,sctp:65535"],
+}
+
+
+def test_a_set_of_endpoints_is_filled_and_changed(host: Host, family: Family) -> None:
+    spec = SetSpec(SetName("test-endpoints"), "hash:ip,port", family)
+    members = spec.members(ENDPOINTS[family])
+    host.sets.apply(plan_set(spec, None, members))
+    assert host.sets.observe(spec) == members
+    assert host.sets.count(spec) == 3
+    host.sets.change(spec, spec.members(), spec.members(ENDPOINTS[family][1:]))
+    assert host.sets.observe(spec) == spec.members(ENDPOINTS[family][:1])
+    other = spec.members([ENDPOINTS[family][0].replace("tcp", "udp")])
+    host.sets.change(spec, other, spec.members())
+    assert len(host.sets.observe(spec) or ()) == 2
+
+
+def test_a_set_of_ports_serves_both_families(host: Host) -> None:
+    of = {family: SetSpec(SetName("test-ports"), "bitmap:port", family) for family in Family}
+    members = of[Family.IPV4].members(["30000", "0", "65535"])
+    host.sets.apply(plan_set(of[Family.IPV4], None, members))
+    assert host.sets.observe(of[Family.IPV4]) == members
+    host.sets.change(of[Family.IPV4], members, of[Family.IPV4].members(["0"]))
+    assert host.sets.count(of[Family.IPV4]) == 2
+    for family in Family:
+        matching = RuleText("-p tcp -m set --match-set test-ports dst -j ACCEPT")
+        host.rules.apply(rules(family, ("append", matching, 1)))
+        assert host.rules.observe(family, "filter", "FORWARD") == (matching,)
+
+
+def test_a_change_costs_a_message_whatever_the_set_holds(host: Host, family: Family) -> None:
+    spec, members = net_set(family), Members.of(family, MEMBERS[family])
+    host.sets.apply(plan_set(spec, None, members))
+    writes = host.sets.writes
+    host.sets.change(spec, spec.members(), spec.members())
+    assert host.sets.writes == writes
+    host.sets.change(spec, members, spec.members(MEMBERS[family][:1]))
+    assert host.sets.writes == writes + 2
+    assert host.sets.observe(spec) == spec.members(MEMBERS[family][1:])
+    host.sets.remove(spec.name)
+    with pytest.raises(SetError, match="test-nets: delete"):
+        host.sets.change(spec, spec.members(), members)
+
+
+def test_names_are_listed_by_what_is_asked_for(host: Host, family: Family) -> None:
+    assert host.sets.names(lambda name: True) == frozenset()
+    host.foreign_set("foreign", "hash:ip", family)
+    host.sets.apply(plan_set(net_set(family), None, Members(family)))
+    assert host.sets.names(lambda name: True) == {"foreign", "test-nets"}
+    assert host.sets.names(lambda name: name.startswith("test-")) == {"test-nets"}
+
+
+def test_a_set_that_is_too_small_is_replaced_under_the_rules_that_name_it(host: Host, family: Family) -> None:
+    small, members = net_set(family, 1), Members.of(family, MEMBERS[family])
+    host.sets.apply(plan_set(small, None, Members.of(family, MEMBERS[family][:1])))
+    matching = RuleText("-m set --match-set test-nets src -j ACCEPT")
+    host.rules.apply(rules(family, ("append", matching, 1)))
+    with pytest.raises(SetFull):
+        host.sets.change(small, members, small.members())
+    with pytest.raises(SetFull):
+        host.sets.replace(small, members, SetName("test-spare"))
+    assert host.sets.observe(small) == Members.of(family, MEMBERS[family][:1])
+    host.sets.replace(net_set(family, 2), members, SetName("test-spare"))
+    assert host.sets.observe(small) == members
+    assert host.sets.names(lambda name: True) == {"test-nets"}
+    assert host.rules.observe(family, "filter", "FORWARD") == (matching,)
+    with pytest.raises(SetReferenced):
+        host.sets.remove(SetName("test-nets"))
+
+
+def test_a_set_is_removed_by_name_whatever_its_type(host: Host, family: Family) -> None:
+    host.foreign_set("KUBE-OLD", "hash:ip", family)
+    assert host.sets.remove(SetName("KUBE-OLD")) is True
+    assert host.sets.remove(SetName("KUBE-OLD")) is False
 
 
 ACCEPT = RuleText("-i a -j ACCEPT")

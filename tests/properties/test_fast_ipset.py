@@ -16,31 +16,38 @@ from support import twin_ipset as twin
 from kube_router._fast import ipset
 
 FAMILIES = st.sampled_from([4, 6])
+KINDS = st.sampled_from(["address", "address,port", "port"])
 BITS = {4: 32, 6: 128}
 
 
 @st.composite
-def member(draw: st.DrawFn, family: int) -> str:
-    """An address or a CIDR, with or without host bits."""
+def member(draw: st.DrawFn, family: int, kind: str) -> str:
+    """An address or a CIDR, with or without host bits; an endpoint; a port."""
+    port = draw(st.integers(0, 65535))
+    if kind == "port":
+        return str(port)
     address = str(draw(st.ip_addresses(v=family)))  # type: ignore[call-overload]
+    if kind == "address,port":
+        protocol = draw(st.sampled_from(["tcp", "udp", "sctp"]) | st.integers(1, 255).map(str))
+        return f"{address},{protocol}:{port}"
     prefix = draw(st.none() | st.integers(0, BITS[family]))
     return address if prefix is None else f"{address}/{prefix}"
 
 
 @st.composite
-def members(draw: st.DrawFn) -> tuple[int, list[str]]:
-    """A family and members of it, some of them twice."""
-    family = draw(FAMILIES)
-    chosen = draw(st.lists(member(family), max_size=30))
-    return family, chosen + chosen[: draw(st.integers(0, 3))]
+def members(draw: st.DrawFn, kinds: st.SearchStrategy[str] = KINDS) -> tuple[int, str, list[str]]:
+    """A family, a kind and members of them, some of them twice."""
+    family, kind = draw(FAMILIES), draw(kinds)
+    chosen = draw(st.lists(member(family, kind), max_size=30))
+    return family, kind, chosen + chosen[: draw(st.integers(0, 3))]
 
 
 @st.composite
-def two_sets(draw: st.DrawFn) -> tuple[int, bytes, bytes]:
-    """Two packed sets of one family that share some members."""
-    family = draw(FAMILIES)
-    shared, left, right = (draw(st.lists(member(family), max_size=12)) for _ in range(3))
-    return family, twin.pack_members(shared + left, family), twin.pack_members(shared + right, family)
+def two_sets(draw: st.DrawFn) -> tuple[int, str, bytes, bytes]:
+    """Two packed sets of one family and kind that share some members."""
+    family, kind = draw(FAMILIES), draw(KINDS)
+    shared, left, right = (draw(st.lists(member(family, kind), max_size=12)) for _ in range(3))
+    return family, kind, twin.pack_members(shared + left, family, kind), twin.pack_members(shared + right, family, kind)
 
 
 def outcome(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -52,18 +59,22 @@ def outcome(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 @given(members())
-def test_pack_and_unpack_as_the_twin(case: tuple[int, list[str]]) -> None:
-    family, chosen = case
-    packed = ipset.pack_members(iter(chosen), family)
-    assert packed == twin.pack_members(chosen, family)
-    assert ipset.unpack_members(packed, family) == twin.unpack_members(packed, family)
-    assert ipset.pack_members(ipset.unpack_members(packed, family), family) == packed
+def test_pack_and_unpack_as_the_twin(case: tuple[int, str, list[str]]) -> None:
+    family, kind, chosen = case
+    packed = ipset.pack_members(iter(chosen), family, kind)
+    assert packed == twin.pack_members(chosen, family, kind)
+    assert ipset.unpack_members(packed, family, kind) == twin.unpack_members(packed, family, kind)
+    assert ipset.pack_members(ipset.unpack_members(packed, family, kind), family, kind) == packed
 
 
-@given(FAMILIES, st.text(max_size=60) | st.from_regex(r"[0-9a-f:./%]{0,50}") | members().map(lambda case: case[1][:1]))
-def test_any_text_is_taken_or_refused_as_by_the_twin(family: int, text: str | list[str]) -> None:
+@given(
+    FAMILIES,
+    KINDS,
+    st.text(max_size=60) | st.from_regex(r"[0-9a-f:./%,tcpuds]{0,50}") | members().map(lambda case: case[2][:1]),
+)
+def test_any_text_is_taken_or_refused_as_by_the_twin(family: int, kind: str, text: str | list[str]) -> None:
     items = [text] if isinstance(text, str) else text
-    assert outcome(ipset.pack_members, items, family) == outcome(twin.pack_members, items, family)
+    assert outcome(ipset.pack_members, items, family, kind) == outcome(twin.pack_members, items, family, kind)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +93,23 @@ def test_bad_member_is_named(family: int, bad: str) -> None:
     assert repr(bad) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "bad"),
+    [
+        ("address,port", "10.0.0.1"), ("address,port", "10.0.0.1,tcp"), ("address,port", "10.0.0.1,80"),
+        ("address,port", "10.0.0.1,tcp:"), ("address,port", "10.0.0.1,tcp:65536"), ("address,port", "10.0.0.1,tcp:080"),
+        ("address,port", "10.0.0.1,TCP:80"), ("address,port", "10.0.0.1,0:80"), ("address,port", "10.0.0.1,256:80"),
+        ("address,port", "10.0.0.1/32,tcp:80"), ("address,port", "10.0.0.1,tcp:80:80"), ("address,port", ",tcp:80"),
+        ("address,port", "10.0.0.1,:80"), ("address,port", "10.0.0.1,tcp:80\0"), ("address,port", "fd00::1,tcp:80"),
+        ("port", ""), ("port", "-1"), ("port", "65536"), ("port", "tcp:80"), ("port", " 80"), ("port", "08"),
+    ],
+)  # fmt: skip
+def test_bad_port_is_named(kind: str, bad: str) -> None:
+    with pytest.raises(ValueError, match=r"is no (port|IPv4 address,protocol:port)$") as caught:
+        ipset.pack_members(["80" if kind == "port" else "192.0.2.1,tcp:80", bad], 4, kind)
+    assert repr(bad) in str(caught.value)
+
+
 def test_known_bytes() -> None:
     assert ipset.pack_members(["10.1.2.3/16", "10.0.0.1"], 4) == bytes.fromhex("0a00000120 0a01000010")
     assert ipset.pack_members(["fd00::1/64"], 6) == bytes.fromhex("fd00") + bytes(14) + b"\x40"
@@ -94,35 +122,56 @@ def test_known_bytes() -> None:
         + struct.pack("=HH", 5, 3)
         + b"\x10\0\0\0"
     ]
+    endpoint = ipset.pack_members(["10.1.0.0,udp:8080"], 4, "address,port")
+    assert endpoint == bytes([10, 1, 0, 0, 17, 0x1F, 0x90])
+    assert ipset.adt_payloads(endpoint, 4, False, kind="address,port") == [
+        struct.pack("=HH", 36, 0x8008)
+        + struct.pack("=HH", 32, 0x8007)
+        + struct.pack("=HH", 12, 0x8001)
+        + struct.pack("=HH", 8, 0x4001)
+        + bytes([10, 1, 0, 0])
+        + struct.pack("=HH", 6, 0x4004)
+        + b"\x1f\x90\0\0"
+        + struct.pack("=HH", 5, 7)
+        + b"\x11\0\0\0"
+    ]
+    assert ipset.adt_payloads(ipset.pack_members(["8080"], 6, "port"), 6, False, kind="port") == [
+        struct.pack("=HH", 16, 0x8008)
+        + struct.pack("=HH", 12, 0x8007)
+        + struct.pack("=HH", 6, 0x4004)
+        + b"\x1f\x90\0\0"
+    ]
 
 
 @given(two_sets())
-def test_diff_as_the_twin_and_as_set_algebra(case: tuple[int, bytes, bytes]) -> None:
-    family, actual, desired = case
-    to_add, to_delete = ipset.diff_members(actual, desired, family)
-    assert (to_add, to_delete) == twin.diff_members(actual, desired, family)
-    have, want = (set(ipset.unpack_members(packed, family)) for packed in (actual, desired))
-    assert set(ipset.unpack_members(to_add, family)) == want - have
-    assert set(ipset.unpack_members(to_delete, family)) == have - want
-    assert ipset.diff_members(desired, desired, family) == (b"", b"")
+def test_diff_as_the_twin_and_as_set_algebra(case: tuple[int, str, bytes, bytes]) -> None:
+    family, kind, actual, desired = case
+    to_add, to_delete = ipset.diff_members(actual, desired, family, kind)
+    assert (to_add, to_delete) == twin.diff_members(actual, desired, family, kind)
+    have, want = (set(ipset.unpack_members(packed, family, kind)) for packed in (actual, desired))
+    assert set(ipset.unpack_members(to_add, family, kind)) == want - have
+    assert set(ipset.unpack_members(to_delete, family, kind)) == have - want
+    assert ipset.diff_members(desired, desired, family, kind) == (b"", b"")
 
 
-@given(FAMILIES, st.binary(max_size=60), st.binary(max_size=60))
-def test_unordered_or_cut_sets_are_refused_as_by_the_twin(family: int, left: bytes, right: bytes) -> None:
+@given(FAMILIES, KINDS, st.binary(max_size=60), st.binary(max_size=60))
+def test_unordered_or_cut_sets_are_refused_as_by_the_twin(family: int, kind: str, left: bytes, right: bytes) -> None:
     assume(left != right)
-    assert outcome(ipset.diff_members, left, right, family) == outcome(twin.diff_members, left, right, family)
-    assert outcome(ipset.unpack_members, left, family) == outcome(twin.unpack_members, left, family)
+    assert outcome(ipset.diff_members, left, right, family, kind) == outcome(
+        twin.diff_members, left, right, family, kind
+    )
+    assert outcome(ipset.unpack_members, left, family, kind) == outcome(twin.unpack_members, left, family, kind)
 
 
 @given(members(), st.booleans(), st.integers(0, 400))
-def test_payloads_as_the_twin(case: tuple[int, list[str]], with_cidr: bool, max_bytes: int) -> None:
-    family, chosen = case
-    packed = twin.pack_members(chosen, family)
-    mine = outcome(ipset.adt_payloads, packed, family, with_cidr, max_bytes)
-    assert mine == outcome(twin.adt_payloads, packed, family, with_cidr, max_bytes)
+def test_payloads_as_the_twin(case: tuple[int, str, list[str]], with_cidr: bool, max_bytes: int) -> None:
+    family, kind, chosen = case
+    packed = twin.pack_members(chosen, family, kind)
+    mine = outcome(ipset.adt_payloads, packed, family, with_cidr, max_bytes, kind)
+    assert mine == outcome(twin.adt_payloads, packed, family, with_cidr, max_bytes, kind)
     if mine is not ValueError:
         assert all(len(payload) <= max_bytes and len(payload) % 4 == 0 for payload in mine)
-        assert ipset.parse_adt(mine, family) == packed
+        assert ipset.parse_adt(mine, family, kind) == packed
 
 
 def test_many_members_are_split_below_the_longest_attribute() -> None:
@@ -142,23 +191,25 @@ def test_what_the_set_type_cannot_hold_is_refused(family: int, everything: str) 
         ipset.adt_payloads(ipset.pack_members([everything], family), family, False)
 
 
-@given(FAMILIES, st.lists(st.binary(max_size=80), max_size=3))
-def test_any_bytes_are_parsed_or_refused_as_by_the_twin(family: int, messages: list[bytes]) -> None:
-    assert outcome(ipset.parse_adt, messages, family) == outcome(twin.parse_adt, messages, family)
+@given(FAMILIES, KINDS, st.lists(st.binary(max_size=80), max_size=3))
+def test_any_bytes_are_parsed_or_refused_as_by_the_twin(family: int, kind: str, messages: list[bytes]) -> None:
+    assert outcome(ipset.parse_adt, messages, family, kind) == outcome(twin.parse_adt, messages, family, kind)
 
 
 @given(members(), st.data())
-def test_damaged_replies_are_parsed_or_refused_as_by_the_twin(case: tuple[int, list[str]], data: st.DataObject) -> None:
-    family, chosen = case
+def test_damaged_replies_are_parsed_or_refused_as_by_the_twin(
+    case: tuple[int, str, list[str]], data: st.DataObject
+) -> None:
+    family, kind, chosen = case
     with suppress(ValueError):
-        payloads = twin.adt_payloads(twin.pack_members(chosen, family), family, True)
+        payloads = twin.adt_payloads(twin.pack_members(chosen, family, kind), family, True, kind=kind)
         assume(payloads)
         damaged = bytearray(payloads[0])
         for _ in range(data.draw(st.integers(1, 3))):
             damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
         cut = bytes(damaged[: data.draw(st.integers(0, len(damaged)))])
         for message in (bytes(damaged), cut):
-            assert outcome(ipset.parse_adt, [message], family) == outcome(twin.parse_adt, [message], family)
+            assert outcome(ipset.parse_adt, [message], family, kind) == outcome(twin.parse_adt, [message], family, kind)
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -178,6 +229,21 @@ def test_the_other_family_in_a_reply_is_refused() -> None:
     payloads = ipset.adt_payloads(ipset.pack_members(["fd00::1"], 6), 6, False)
     with pytest.raises(ValueError, match="not of family IPv4"):
         ipset.parse_adt(payloads, 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "of", "lacks"),
+    [("address,port", "address", "a port"), ("port", "address", "a port"), ("address", "port", "an address")],
+)
+def test_an_entry_of_another_kind_is_refused(kind: str, of: str, lacks: str) -> None:
+    other = ipset.pack_members(["10.0.0.1" if of == "address" else "80"], 4, of)
+    with pytest.raises(ValueError, match=f"without {lacks}"):
+        ipset.parse_adt(ipset.adt_payloads(other, 4, False, kind=of), 4, kind)
+
+
+def test_kinds_are_three() -> None:
+    with pytest.raises(ValueError, match="kind must be address, address,port or port, not hash:ip"):
+        ipset.pack_members([], 4, "hash:ip")
 
 
 @pytest.mark.parametrize("family", [0, 2, 10, -4])

@@ -10,15 +10,16 @@ from __future__ import annotations
 import errno
 import ipaddress
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kube_router.workers.kernel.ipset import SetError
+from kube_router.workers.kernel.ipset import SetError, SetFull, SetReferenced
 from kube_router.workers.kernel.iptables import IptablesError, Programs
 from kube_router.workers.kernel.netlink import NetlinkError
 from kube_router.workers.kernel.routes import PROTOCOL, AppliedRoutes, RouteFailure
 from kube_router.workers.model import Family
 from kube_router.workers.routefacts import ActualRoutes, Prefix, Route, RoutePlan, Stray
-from kube_router.workers.rulefacts import Members, RulePlan, RuleText, SetPlan, SetSpec
+from kube_router.workers.rulefacts import Members, RulePlan, RuleText, SetName, SetPlan, SetSpec
 
 METRIC = {4: 0, 6: 1024}
 CHAINS = {"filter": ("INPUT", "FORWARD", "OUTPUT"), "nat": ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING")}
@@ -142,34 +143,55 @@ class FakeSets:
 
     def observe(self, spec: SetSpec) -> Members | None:
         members = self._own(spec)
-        return None if members is None else Members.of(spec.family, members)
+        return None if members is None else spec.members(members)
 
     def count(self, spec: SetSpec) -> int | None:
         members = self._own(spec)
         return None if members is None else len(members)
 
+    def names(self, ours: Callable[[str], bool]) -> frozenset[SetName]:
+        return frozenset(SetName(name) for name in self._kernel.sets if ours(name))
+
     def apply(self, plan: SetPlan) -> None:
-        self.writes += len(plan)
-        name = plan.spec.name
         if plan.create:
-            if name in self._kernel.sets:
-                raise SetError(f"ipset {name}: create: File exists")
-            self._kernel.sets[name] = (plan.spec, set())
+            if plan.spec.name in self._kernel.sets:
+                raise SetError(f"ipset {plan.spec.name}: create: File exists")
+            self._kernel.sets[plan.spec.name] = (plan.spec, set())
+            self.writes += 1
+        self.change(plan.spec, plan.add, plan.delete)
+
+    def change(self, spec: SetSpec, add: Members, delete: Members) -> None:
+        name = spec.name
+        if not add and not delete:
+            return
         if name not in self._kernel.sets:
-            raise SetError(f"ipset {name}: add: No such file or directory")
-        spec, members = self._kernel.sets[name]
-        for member in plan.add.texts():
-            if len(members) >= spec.max_members and member not in members:
-                raise SetError(f"ipset {name}: add: it is full")
+            raise SetError(f"ipset {name}: {'add' if add else 'delete'}: No such file or directory")
+        self.writes += bool(add) + bool(delete)
+        present, members = self._kernel.sets[name]
+        for member in add.texts():
+            if len(members) >= present.max_members and member not in members:
+                raise SetFull(f"ipset {name}: add: it is full")
             members.add(member)
-        members.difference_update(plan.delete.texts())
+        members.difference_update(delete.texts())
+
+    def replace(self, spec: SetSpec, members: Members, spare: SetName) -> None:
+        if spec.name not in self._kernel.sets:
+            raise SetError(f"ipset {spec.name}: swap: No such file or directory")
+        if len(members) > spec.max_members:
+            raise SetFull(f"ipset {spare}: add: it is full")
+        self.writes += 1
+        self._kernel.sets[spec.name] = (spec, set(members.texts()))
 
     def destroy(self, spec: SetSpec) -> bool:
-        if self._own(spec) is None:
+        return self._own(spec) is not None and self.remove(spec.name)
+
+    def remove(self, name: SetName) -> bool:
+        if name not in self._kernel.sets:
             return False
-        if self._kernel.refers(spec.name):
-            raise SetError(f"ipset {spec.name}: destroy: something still refers to it")
-        del self._kernel.sets[spec.name]
+        if self._kernel.refers(name):
+            raise SetReferenced(f"ipset {name}: destroy: something still refers to it")
+        self.writes += 1
+        del self._kernel.sets[name]
         return True
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from collections.abc import Callable
 
 from kube_router._fast.ipset import adt_payloads, parse_adt
 from kube_router.workers.kernel.netlink import (
@@ -32,32 +33,41 @@ from kube_router.workers.kernel.netlink import (
 )
 from kube_router.workers.kernel.routes import AF
 from kube_router.workers.model import Family
-from kube_router.workers.rulefacts import Members, SetPlan, SetSpec
+from kube_router.workers.rulefacts import DEFAULT_MOST, Members, SetName, SetPlan, SetSpec
 
 _SUBSYSTEM = 6 << 8
-_CREATE, _DESTROY, _LIST, _ADD, _DEL, _TYPE = 2, 3, 7, 9, 10, 13
+_CREATE, _DESTROY, _SWAP, _LIST, _ADD, _DEL, _TYPE = 2, 3, 6, 7, 9, 10, 13
 _PROTOCOL_VERSION = 6
 """Understood by every kernel since 2.6.39; version 7 adds nothing that is used here."""
 _PROTOCOL, _SETNAME, _TYPENAME, _REVISION, _FAMILY, _FLAGS, _DATA, _ADT, _LINENO = range(1, 10)
-_TIMEOUT, _MAXELEM, _ELEMENTS = 6, 19, 24
-_FLAG_LIST_HEADER = 4
+_SETNAME2 = _TYPENAME
+_PORT_FROM, _PORT_TO, _TIMEOUT, _MAXELEM, _ELEMENTS = 4, 5, 6, 19, 24
+_FLAG_LIST_SETNAME, _FLAG_LIST_HEADER = 2, 4
 _NLA_F_NET_BYTEORDER = 0x4000
-_DEFAULT_MAXELEM = 65536
+_REFERENCED, _FULL = 4100, 4352
 
 _WORDS = {
     4097: "the kernel speaks another ipset protocol",
     4098: "the kernel has no such set type",
     4099: "the kernel has no room for another set",
-    4100: "something still refers to it",
+    _REFERENCED: "something still refers to it",
     4103: "a member is there already, or is not there",
     4104: "a prefix length is not allowed",
-    4352: "it is full",
+    _FULL: "it is full",
 }
 """Errors of ipset's own (``enum ipset_errno``; 4352 is IPSET_ERR_HASH_FULL)."""
 
 
 class SetError(Exception):
     """A set cannot be read or changed; the text names it."""
+
+
+class SetFull(SetError):
+    """A set has no room for what is to be added."""
+
+
+class SetReferenced(SetError):
+    """A set cannot be destroyed, as a rule still refers to it."""
 
 
 class SetDriver:
@@ -87,7 +97,7 @@ class SetDriver:
                 if kind == _ADT:
                     found.append(attribute(_ADT | 0x8000, bytes(value)))
         try:
-            return Members(spec.family, parse_adt(found, spec.family))
+            return Members(spec.family, parse_adt(found, spec.family, spec.kind), spec.kind)
         except ValueError as error:
             raise SetError(f"ipset {spec.name}: cannot be read: {error}") from error
 
@@ -100,7 +110,7 @@ class SetDriver:
         return None
 
     def _list(self, spec: SetSpec, *, header_only: bool) -> list[Message] | None:
-        payload = _header(spec)
+        payload = _header(spec.name, spec.family)
         if header_only:
             payload += _number(_FLAGS, _FLAG_LIST_HEADER)
         try:
@@ -108,7 +118,7 @@ class SetDriver:
         except NetlinkError as error:
             if error.errno == errno.ENOENT:
                 return None
-            raise _set_error("list", spec, error) from error
+            raise _set_error("list", spec.name, error) from error
         except (OSError, Overflow) as error:
             raise SetError(f"ipset {spec.name}: cannot be listed: {error or 'answers were lost'}") from error
         if not messages:
@@ -116,46 +126,95 @@ class SetDriver:
         _check(spec, messages[0])
         return messages
 
+    def names(self, ours: Callable[[str], bool]) -> frozenset[SetName]:
+        """The names of all sets that ``ours`` takes, without a look into any set. Raises `SetError`."""
+        payload = _nfgenmsg(0) + attribute(_PROTOCOL, bytes([_PROTOCOL_VERSION])) + _number(_FLAGS, _FLAG_LIST_SETNAME)
+        try:
+            messages = self._netlink.dump(_SUBSYSTEM | _LIST, payload)
+        except (OSError, Overflow) as error:
+            raise SetError(f"ipsets: their names cannot be listed: {error or 'answers were lost'}") from error
+        found = (text_of(attribute_map(message.payload, 4).get(_SETNAME, b"")) for message in messages)
+        return frozenset(SetName(name) for name in found if name and ours(name))
+
     def apply(self, plan: SetPlan) -> None:
-        """Carry out the steps in order; stops at the first that fails. Raises `SetError`.
+        """Carry out the steps in order; stops at the first that fails. Raises `SetError`, `SetFull` when full.
 
         After an error the members must be observed again: a message that failed in its middle was half done.
         """
-        spec = plan.spec
+        if plan.create:
+            self._change(self._creation(plan.spec), plan.spec.name)
+        self.change(plan.spec, plan.add, plan.delete)
+
+    def change(self, spec: SetSpec, add: Members, delete: Members) -> None:
+        """Add and delete members of a set that is there: a message each, whatever the set holds. Raises like `apply`.
+
+        A member that is there (or gone) already is no error.
+        """
         prefixes = spec.type == "hash:net"
-        requests = [self._creation(spec)] if plan.create else []
-        for command, members in ((_ADD, plan.add), (_DEL, plan.delete)):
-            for payload in adt_payloads(members.packed, spec.family, prefixes):
+        for command, members in ((_ADD, add), (_DEL, delete)):
+            for payload in adt_payloads(members.packed, spec.family, prefixes, kind=spec.kind):
                 # Without NLM_F_EXCL the kernel passes over a member that is there (or gone) already.
-                requests.append(Request(_SUBSYSTEM | command, 0, _header(spec) + _number(_LINENO, 1) + payload))
-        for request in requests:
-            self._change(request, spec)
+                body = _header(spec.name, spec.family) + _number(_LINENO, 1) + payload
+                self._change(Request(_SUBSYSTEM | command, 0, body), spec.name)
+
+    def replace(self, spec: SetSpec, members: Members, spare: SetName) -> None:
+        """Put a new set, made by ``spec`` and holding ``members``, in the place of the one that rules refer to.
+
+        The exchange is one step of the kernel: no rule ever sees a set that is half full. ``spare`` is the name that
+        the new set has until then and the old one from then until it is destroyed; a set of that name is ours.
+        Raises `SetError`.
+        """
+        self.remove(spare)
+        made = SetSpec(spare, spec.type, spec.family, spec.max_members)
+        try:
+            self._change(self._creation(made), spare)
+            self.change(made, members, spec.members())
+            body = _header(spare, spec.family) + text_attribute(_SETNAME2, spec.name)
+            self._change(Request(_SUBSYSTEM | _SWAP, 0, body), spec.name)
+        finally:
+            self.remove(spare)
 
     def destroy(self, spec: SetSpec) -> bool:
         """Destroy a set, if it is there; whether it was. Raises `SetError`, also while a rule refers to it."""
         if self._list(spec, header_only=True) is None:
             return False
-        self._change(Request(_SUBSYSTEM | _DESTROY, 0, _header(spec)), spec)
+        return self.remove(spec.name)
+
+    def remove(self, name: SetName) -> bool:
+        """Destroy a set of whatever type, if it is there; whether it was. Raises `SetReferenced` and `SetError`."""
+        # Without NLM_F_EXCL newer kernels call the destruction of nothing a success.
+        request = Request(_SUBSYSTEM | _DESTROY, NLM_F_EXCL, _header(name, Family.IPV4))
+        try:
+            self._change(request, name)
+        except SetError as error:
+            if isinstance(error.__cause__, NetlinkError) and error.__cause__.errno == errno.ENOENT:
+                return False
+            raise
         return True
 
-    def _change(self, request: Request, spec: SetSpec) -> None:
-        action = {_CREATE: "create", _DESTROY: "destroy", _ADD: "add", _DEL: "delete"}[request.type & 0xFF]
+    def _change(self, request: Request, name: SetName) -> None:
+        action = {_CREATE: "create", _DESTROY: "destroy", _SWAP: "swap", _ADD: "add", _DEL: "delete"}[
+            request.type & 0xFF
+        ]
         try:
             error = self._netlink.batch([request]).get(0)
         except (OSError, Overflow) as failure:
-            raise SetError(f"ipset {spec.name}: {action}: {failure or 'answers were lost'}") from failure
+            raise SetError(f"ipset {name}: {action}: {failure or 'answers were lost'}") from failure
         if error is not None:
-            raise _set_error(action, spec, error)
+            raise _set_error(action, name, error) from error
 
     def _creation(self, spec: SetSpec) -> Request:
-        data = [_number(_TIMEOUT, 0)]
-        if spec.max_members != _DEFAULT_MAXELEM:
-            data.append(_number(_MAXELEM, spec.max_members))
+        if spec.type == "bitmap:port":
+            data = [_port(_PORT_FROM, 0), _port(_PORT_TO, 65535)]
+        else:
+            data = [_number(_TIMEOUT, 0)]
+            if spec.max_members != DEFAULT_MOST:
+                data.append(_number(_MAXELEM, spec.max_members))
         payload = (
-            _header(spec)
+            _header(spec.name, spec.family)
             + text_attribute(_TYPENAME, spec.type)
             + attribute(_REVISION, bytes([self._revision(spec)]))
-            + attribute(_FAMILY, bytes([AF[spec.family]]))
+            + attribute(_FAMILY, bytes([_family(spec)]))
             + nested(_DATA, *data)
         )
         return Request(_SUBSYSTEM | _CREATE, NLM_F_CREATE | NLM_F_EXCL, payload)
@@ -165,15 +224,15 @@ class SetDriver:
         key = (spec.type, spec.family)
         if key not in self._revisions:
             payload = (
-                _nfgenmsg(spec.family)
+                _nfgenmsg(AF[spec.family])
                 + attribute(_PROTOCOL, bytes([_PROTOCOL_VERSION]))
                 + text_attribute(_TYPENAME, spec.type)
-                + attribute(_FAMILY, bytes([AF[spec.family]]))
+                + attribute(_FAMILY, bytes([_family(spec)]))
             )
             try:
                 answer = self._netlink.query(_SUBSYSTEM | _TYPE, payload)
             except NetlinkError as error:
-                raise _set_error(f"type {spec.type}", spec, error) from error
+                raise _set_error(f"type {spec.type}", spec.name, error) from error
             self._revisions[key] = attribute_map(answer.payload, 4)[_REVISION][0]
         return self._revisions[key]
 
@@ -181,26 +240,37 @@ class SetDriver:
 def _check(spec: SetSpec, message: Message) -> None:
     found = attribute_map(message.payload, 4)
     kind, family = text_of(found.get(_TYPENAME, b"")), bytes(found.get(_FAMILY, b"\0"))[0]
-    if (kind, family) != (spec.type, AF[spec.family]):
+    if (kind, family) != (spec.type, _family(spec)):
         raise SetError(
-            f"ipset {spec.name}: exists as {kind} of {'inet6' if family == AF[Family.IPV6] else 'inet'}, but must be "
-            f"{spec.type} of {'inet6' if spec.family is Family.IPV6 else 'inet'}; it is left as it is"
+            f"ipset {spec.name}: exists as {kind} of {_FAMILY_WORDS.get(family, 'another family')}, but must be "
+            f"{spec.type} of {_FAMILY_WORDS[_family(spec)]}; it is left as it is"
         )
 
 
-def _nfgenmsg(family: Family) -> bytes:
-    return struct.pack("=BBH", AF[family], 0, 0)
+_FAMILY_WORDS = {0: "any family", AF[Family.IPV4]: "inet", AF[Family.IPV6]: "inet6"}
 
 
-def _header(spec: SetSpec) -> bytes:
-    return (
-        _nfgenmsg(spec.family) + attribute(_PROTOCOL, bytes([_PROTOCOL_VERSION])) + text_attribute(_SETNAME, spec.name)
-    )
+def _family(spec: SetSpec) -> int:
+    """The family number that the kernel has for a set: none for ports."""
+    return 0 if spec.type == "bitmap:port" else AF[spec.family]
+
+
+def _nfgenmsg(family: int) -> bytes:
+    return struct.pack("=BBH", family, 0, 0)
+
+
+def _header(name: SetName, family: Family) -> bytes:
+    return _nfgenmsg(AF[family]) + attribute(_PROTOCOL, bytes([_PROTOCOL_VERSION])) + text_attribute(_SETNAME, name)
 
 
 def _number(kind: int, value: int) -> bytes:
     return attribute(kind | _NLA_F_NET_BYTEORDER, struct.pack(">I", value))
 
 
-def _set_error(action: str, spec: SetSpec, error: NetlinkError) -> SetError:
-    return SetError(f"ipset {spec.name}: {action}: {_WORDS.get(error.errno or 0, error.strerror)}")
+def _port(kind: int, value: int) -> bytes:
+    return attribute(kind | _NLA_F_NET_BYTEORDER, struct.pack(">H", value))
+
+
+def _set_error(action: str, name: SetName, error: NetlinkError) -> SetError:
+    made = {_FULL: SetFull, _REFERENCED: SetReferenced}.get(error.errno or 0, SetError)
+    return made(f"ipset {name}: {action}: {_WORDS.get(error.errno or 0, error.strerror)}")
