@@ -74,6 +74,7 @@ class Trigger:
     call that did not fail: what was only kept because of that may now be deleted, also when ``changes`` is empty.
     ``changes``: what differs from the cluster of the last call that did not fail, by kind and key; what changed and
     changed back around a failed call is there with old equal to new, as nobody knows what that call left behind.
+    ``seen``: when the first of ``changes`` came in, in monotonic seconds; None without changes.
     """
 
     start: bool = False
@@ -82,6 +83,7 @@ class Trigger:
     retry: bool = False
     confirmed: bool = False
     changes: Changes = field(default_factory=dict)
+    seen: float | None = None
 
     @property
     def observe(self) -> bool:
@@ -186,6 +188,7 @@ class Loop:
         self._clock, self._pace, self._wait = clock or SystemClock(), pace or Pace(), wait
         self._schedule = Schedule(self._pace, controller.period, jitter)
         self._pending: Changes = {}
+        self._seen: float | None = None
         self._alarm = alarm
         self._woken = False
         self._confirmed = False
@@ -240,6 +243,8 @@ class Loop:
         self._in_sync = in_sync
         if not changes:
             return
+        if self._seen is None:
+            self._seen = self._clock.monotonic()
         for kind, by_key in changes.items():
             pending = self._pending.setdefault(kind, {})
             for key, (old, new) in by_key.items():
@@ -255,6 +260,7 @@ class Loop:
             retry=retry,
             confirmed=self._confirmed,
             changes=self._pending,
+            seen=self._seen,
         )
         began = self._clock.monotonic()
         try:
@@ -266,6 +272,7 @@ class Loop:
         failed = bool(outcome.failures)
         if not failed:
             self._pending = {}
+            self._seen = None
             self._woken = self._confirmed = False
         self._ran = True
         self._schedule.done(ended, failed, outcome.retry_after)
@@ -398,7 +405,7 @@ def run(controller: Controller, pace: Pace | None = None) -> int:
     return 0
 
 
-def main(name: str, make: Callable[[Settings], Controller]) -> int:
+def main(name: str, make: Callable[[Settings], Controller], pace: Pace | None = None) -> int:
     """What every worker process does: read the settings, set up its log, make its controller, `run`.
 
     A controller that cannot be made (a socket that the kernel refuses, for want of a capability) is one line in the log
@@ -411,4 +418,4 @@ def main(name: str, make: Callable[[Settings], Controller]) -> int:
     except OSError as error:
         log.error("cannot start: %s (%s)", error, privileges())
         return 1
-    return run(controller)
+    return run(controller, pace)

@@ -322,6 +322,34 @@ def test_the_first_usable_snapshot_is_reconciled_at_once(state: SourceState) -> 
     assert nodes == {"a": node("a")}
 
 
+def test_the_trigger_tells_when_the_first_of_its_changes_came_in() -> None:
+    bench = Bench().started(node("a"))
+    at = bench.clock.now
+    bench.put(node("a", 1))
+    bench.loop.step()
+    bench.clock.now += 0.004
+    bench.put(node("b"))
+    bench.turn(0.1)
+    assert [trigger.seen for _, trigger, _ in bench.worker.seen[1:]] == [at]
+    bench.clock.now = later = at + 5.0
+    bench.put(node("b", 1))
+    bench.turn(0.1)
+    assert bench.worker.seen[-1][1].seen == later
+
+
+def test_changes_that_wait_for_a_retry_keep_their_time_and_a_period_has_none() -> None:
+    bench = Bench().started(node("a"))
+    at = bench.clock.now
+    bench.worker.outcomes.append(FAILED)
+    bench.put(node("a", 1))
+    bench.turn(400.0)
+    assert [(trigger.retry, trigger.period, trigger.seen) for _, trigger, _ in bench.worker.seen[1:4]] == [
+        (False, False, at),
+        (True, False, at),
+        (False, True, None),
+    ]
+
+
 def test_before_the_cluster_is_usable_the_loop_does_not_spin() -> None:
     bench = Bench()
     bench.snapshot(node("a"), state=SourceState(source="test"))
