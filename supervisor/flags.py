@@ -1,4 +1,4 @@
-"""The flags of ``kube-router``: the 79 of upstream v2.11 with their types and defaults, and four of our own.
+"""The flags of ``kube-router``: the 79 of upstream v2.11 with their types and defaults, and five of our own.
 
 Pure: a table. The names, types and defaults are a contract with every manifest that exists; the help is in our words.
 """
@@ -161,6 +161,12 @@ OWN_FLAGS: tuple[Flag, ...] = (
     _flag("run-dir", "string", "/run/kube-router", "Directory of sockets and generated files; one for each agent."),
     _flag("state-dir", "string", "/var/lib/kube-router", "Directory of what outlives a restart."),
     _flag("log-format", "string", "text", "Form of log lines: 'text' or 'json'."),
+    _flag(
+        "netpol-recheck-established",
+        "bool",
+        "false",
+        "Cut open connections of pods that a changed NetworkPolicy forbids.",
+    ),
 )
 """What upstream does not have."""
 

@@ -101,6 +101,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     service_node_port_range: str = "30000:32767"
     netpol_default_deny: bool = False
     use_nftables_for_netpol: bool = False
+    netpol_recheck_established: bool = False
     # address ranges
     service_cluster_ip_range: tuple[str, ...] = ("10.96.0.0/12",)
     service_external_ip_range: tuple[str, ...] = ()

@@ -99,6 +99,7 @@ OURS = {
     "run-dir": ("string", "/run/kube-router"),
     "state-dir": ("string", "/var/lib/kube-router"),
     "log-format": ("string", "text"),
+    "netpol-recheck-established": ("bool", "false"),
 }
 EXPECTED = {
     name: (kind, ast.literal_eval(default) * 10**9) if kind == "duration" else (kind, ast.literal_eval(default))
@@ -109,7 +110,7 @@ EXPECTED = {
 def test_upstream_has_79_flags() -> None:
     assert len(EXPECTED) == 79
     assert len(UPSTREAM_FLAGS) == 79
-    assert len({flag.name for flag in FLAGS}) == 83
+    assert len({flag.name for flag in FLAGS}) == 84
 
 
 @pytest.mark.parametrize("name", EXPECTED)
