@@ -376,7 +376,10 @@ def test_every_worker_is_in_the_table_and_every_kind_has_a_reader() -> None:
     [
         (Settings(unbuilt_workers=("firewall", "proxy")), ("nodes",)),
         (Settings(), KINDS),
-        (Settings(run_router=False, run_service_proxy=False), ("pods", "networkpolicies", "namespaces")),
+        (
+            Settings(run_router=False, run_service_proxy=False),
+            ("nodes", "pods", "services", "networkpolicies", "namespaces"),
+        ),
         (Settings(run_router=False, run_firewall=False), ("pods", "services", "endpointslices")),
         (Settings(run_router=False, run_firewall=False, unbuilt_workers=("proxy",)), ()),
     ],

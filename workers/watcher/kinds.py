@@ -13,7 +13,7 @@ from kube_router.workers.settings import Settings
 WORKER_KINDS: dict[str, tuple[Kind, ...]] = {
     "router": ("nodes",),
     "cni": ("nodes",),
-    "firewall": ("pods", "namespaces", "networkpolicies"),
+    "firewall": ("nodes", "pods", "services", "networkpolicies", "namespaces"),
     "proxy": ("services", "endpointslices", "pods"),
     "loadbalancer": ("services",),
 }
