@@ -24,6 +24,8 @@ POD_PREFIX = "KUBE-POD-FW-"
 DISPATCH_PREFIX = "KUBE-POD-BY-"
 """Of the chains that lead from a packet's address to the pod's chain; ours, upstream has a list of jumps instead."""
 SOURCE_PREFIX, DESTINATION_PREFIX = "KUBE-SRC-", "KUBE-DST-"
+NFT_TABLES = {Family.IPV4: "kube-router-filter-ipv4", Family.IPV6: "kube-router-filter-ipv6"}
+"""nftables tables of the families ``ip`` and ``ip6``."""
 LOCAL_PODS = "kube-router-local-pods"
 NODE_PORTS = {protocol: f"kube-router-node-ports-{protocol}" for protocol in ("tcp", "udp", "sctp")}
 """Sets of ports. In a bitmap:port set the kernel looks up TCP and UDP, never SCTP (tests/kernel/test_walkers.py)."""

@@ -177,10 +177,19 @@ class RuleDriver:
         start = f"-A {chain} "
         return tuple(RuleText(line[len(start) :]) for line in output.splitlines() if line.startswith(start))
 
+    def save(self, family: Family, table: str) -> list[str]:
+        """A whole table, line by line, as ``iptables-save`` prints it; empty without one. Raises `IptablesError`."""
+        if not self.has_table(family, table):
+            return []
+        return run_program([self.programs.name(family, "-save"), "-t", table]).splitlines()
+
+    def restore(self, family: Family, text: str) -> None:
+        """Carry out the lines of one table, all or none; what they do not name stays. Raises `IptablesError`."""
+        run_program([self.programs.name(family, "-restore"), "--noflush", "--wait", str(WAIT_SECONDS)], stdin=text)
+
     def apply(self, plan: RulePlan) -> None:
         """Carry out all steps of a plan, or none. Raises `IptablesError`."""
         if not plan.steps:
             return
-        program = self.programs.name(plan.family, "-restore")
-        run_program([program, "--noflush", "--wait", str(WAIT_SECONDS)], stdin=str(plan))
+        self.restore(plan.family, str(plan))
         self.writes += len(plan.steps)
