@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from support.iptables_walk import IptablesWalk
+from support.nft_walk import NftWalk
 from support.podnet import PodNet, podnet
 from support.probes import Flow
 from support.walk import Walked, WirePacket
@@ -199,9 +200,169 @@ def test_iptables_rules_do_to_packets_what_the_walker_says(net: PodNet, name: st
     assert 0 < blocked < len(flows(net, family)), "a rule set that blocks nothing, or everything, proves nothing"
 
 
+NFT_SETS = """
+    set one {{ type {addr}; elements = {{ {a} }} }}
+    set many {{ type {addr}; flags interval; elements = {{ {net_a}, {client} }} }}
+    set triples {{ type {addr} . inet_proto . inet_service; elements = {{
+        {b} . tcp . 80, {b} . udp . 8080, {c} . sctp . 80, {node} . tcp . 8080 }} }}
+    set itself {{ type {addr} . {addr}; elements = {{ {a} . {b}, {c} . {c} }} }}
+    set ports {{ type inet_service; elements = {{ 80, 30080 }} }}
+    set empty {{ type {addr}; }}
+"""
+NFT_RULES = {
+    "goto-and-return": """
+        chain leaf {{
+            tcp dport 80 counter return
+            tcp dport 30080 reject
+            {ip} daddr {b} drop
+        }}
+        chain inner {{
+            meta l4proto tcp counter goto leaf
+            udp dport 8080 goto leaf
+            sctp dport 80 drop
+            return
+            drop
+        }}
+        chain outer {{
+            jump inner
+            udp dport 80 drop
+        }}
+        chain base {{
+            {hook} policy accept;
+            {keep}
+            jump outer comment "here"
+            tcp dport 8080 drop
+        }}
+    """,
+    "goto-in-a-base-chain-ends-in-its-policy": """
+        chain leaf {{
+            tcp dport 80 accept
+        }}
+        chain base {{
+            {hook} policy drop;
+            {keep}
+            meta l4proto tcp goto leaf
+            udp dport 80 return
+            accept
+        }}
+    """,
+    "marks": """
+        chain check {{
+            tcp dport 80 meta mark set meta mark | 0x10000
+            meta mark & 0x10000 == 0x0 limit rate 10/minute burst 10 packets log group 100
+            meta mark & 0x10000 == 0x0 counter reject
+        }}
+        chain base {{
+            {hook} policy accept;
+            {keep}
+            meta mark set meta mark | 0x30000
+            meta mark set meta mark & 0xfffeffff
+            meta mark & 0x30000 != 0x20000 drop
+            meta l4proto tcp jump check
+            meta mark & 0x10000 == 0x10000 accept
+            meta l4proto udp meta mark set meta mark | 0x1
+            meta mark 0x20001 accept
+            reject
+        }}
+    """,
+    "sets": """
+        chain base {{
+            {hook} policy accept;
+            {keep}
+            {ip} saddr @one {ip} daddr != @many drop
+            {ip} daddr . meta l4proto . th dport @triples accept
+            {ip} saddr @empty drop
+            {ip} daddr != @empty meta l4proto tcp {ip} saddr @many reject
+            {ip} saddr . {ip} daddr @itself meta l4proto udp drop
+            udp dport 8080-8081 {ip} daddr {c} drop
+            meta l4proto {{ sctp, tcp }} {ip} daddr {c} drop
+        }}
+    """,
+    "ports-and-local-addresses": """
+        chain base {{
+            {hook} policy accept;
+            {keep}
+            fib daddr type local tcp dport @ports accept
+            udp dport @ports accept
+            sctp dport @ports drop
+            fib daddr type local tcp dport {{ 8080, 9000-9100 }} reject
+            fib saddr type local {ip} daddr {b} drop
+            fib daddr type != local meta l4proto udp drop
+            tcp dport != 80 drop
+        }}
+    """,
+    "icmp": """
+        chain base {{
+            {hook} policy accept;
+            {icmp_type} type echo-request {ip} saddr {a} drop
+            {icmp_type} type echo-reply {ip} saddr {b} drop
+            ct state established,related counter packets 0 bytes 0 accept
+            ct state != new drop
+            ct state new meta l4proto udp {ip} saddr {c} drop
+        }}
+    """,
+    "verdict-maps": """
+        chain to-b {{
+            tcp dport 80 return
+            meta l4proto {{ tcp, udp }} drop
+        }}
+        chain to-c {{
+            meta l4proto sctp reject
+        }}
+        map by {{ type {addr} : verdict; elements = {{ {b} comment "dev/b" : jump to-b, {c} : goto to-c }} }}
+        chain base {{
+            {hook} policy accept;
+            {keep}
+            {ip} daddr vmap @by
+            tcp dport 80 {ip} daddr {b} drop
+            udp dport 80 drop
+        }}
+    """,
+}
+
+
+def load_nft(net: PodNet, family: Family, rules: str, hook: str) -> NftWalk:
+    """Load one rule set on node n1, in one hook, and read it back into a walker."""
+    ip = "ip6" if family is Family.IPV6 else "ip"
+    given = words(net, family) | {
+        "ip": ip,
+        "addr": "ipv6_addr" if family is Family.IPV6 else "ipv4_addr",
+        "icmp_type": "icmpv6" if family is Family.IPV6 else "icmp",
+        "hook": f"type filter hook {hook.lower()} priority filter;",
+        "keep": "ct state established,related accept",
+    }
+    if family is Family.IPV6:
+        given["keep"] += "\nicmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept"
+    body = (NFT_SETS + rules).format(**given)
+    node = net["n1"].namespace
+    node.run("nft -f -", stdin=f"table {ip} test {{\n{body}\n}}\n")
+    return NftWalk(node.run(f"nft list table {ip} test"))
+
+
+@pytest.mark.parametrize("family", list(Family), ids=str)
+@pytest.mark.parametrize("name", NFT_RULES)
+def test_nft_rules_do_to_packets_what_the_walker_says(net: PodNet, name: str, family: Family) -> None:
+    for hook in ("FORWARD", "INPUT", "OUTPUT") if "local" in name else ("FORWARD",):
+        walker = load_nft(net, family, NFT_RULES[name], hook)
+        wrong, blocked = disagreements(net, family, walker.walk)
+        assert wrong == []
+        assert 0 < blocked < len(flows(net, family)), "a rule set that blocks nothing, or everything, proves nothing"
+        net.flush()
+
+
 @pytest.mark.parametrize("family", list(Family), ids=str)
 def test_the_comparison_sees_one_wrong_rule(net: PodNet, family: Family) -> None:
     walker = load_iptables(net, family, "nft", RULES["sets"])
     net["n1"].namespace.run(f"{PROGRAMS[family]}-nft -I FORWARD -p sctp -d {net['b'].of(family)} --dport 80 -j DROP")
     wrong, _ = disagreements(net, family, walker.walk)
     assert len(wrong) == 4  # from a, c, client and x
+
+
+@pytest.mark.parametrize("family", list(Family), ids=str)
+def test_the_comparison_of_nft_sees_one_wrong_element(net: PodNet, family: Family) -> None:
+    walker = load_nft(net, family, NFT_RULES["sets"], "FORWARD")
+    ip = "ip6" if family is Family.IPV6 else "ip"
+    net["n1"].namespace.run(f"nft delete element {ip} test triples {{ {net['b'].of(family)} . tcp . 80 }}")
+    wrong, _ = disagreements(net, family, walker.walk)
+    assert len(wrong) in (2, 3)  # the sources in the set that the next rules reject
+    assert all(f" -> {net['b'].of(family)} tcp 80 is refused" in line or " is silent" in line for line in wrong)
