@@ -97,6 +97,7 @@ class Packet:
 class ClusterState:
     """What there is to know on the node ``node_name``. Objects are keyed by `Projection.key`.
 
+    The namespaces of all pods should be there; one that is not known yet is taken by no namespace selector.
     ``node_addresses``: all addresses that are LOCAL on the node, the bridge's too, in canonical text. ``unprogrammed``:
     pods of this node whose rules do not stand in the kernel yet.
     """
