@@ -9,9 +9,11 @@ import pytest
 from support.namespaces import Namespace
 
 from kube_router.workers.kernel import monitor
+from kube_router.workers.kernel.iptables import Running
 from kube_router.workers.kernel.links import AddressEvent, LinkEvent
 from kube_router.workers.kernel.monitor import (
     LOST,
+    NftAddition,
     NftListener,
     NftRemoval,
     RouteEvent,
@@ -76,6 +78,23 @@ def test_removals_from_nft_tables_are_told(inside: Namespace, program: str, fami
     kind = "ip" if family is Family.IPV4 else "ip6"
     inside.run(f"nft delete table {kind} nat; nft add table inet t; nft delete table inet t")
     assert {NftRemoval(family, "nat", ""), NftRemoval(None, "t", "")} <= set(listener.events())
+
+
+@pytest.mark.parametrize(("program", "family"), [("iptables-nft", Family.IPV4), ("ip6tables-nft", Family.IPV6)])
+def test_additions_are_told_to_those_who_ask_and_own_writes_to_nobody(
+    inside: Namespace, program: str, family: Family
+) -> None:
+    own: set[int] = set()
+    listener = NftListener(own, additions=True)
+    inside.run(f"{program} -I FORWARD -j DROP")
+    assert list(listener.events()) == [NftAddition(family, "filter", "FORWARD")]
+    text = "*filter\n:MINE - [0:0]\n-A MINE -j RETURN\n-F FORWARD\n-I FORWARD -j MINE\nCOMMIT\n"
+    running = Running([f"{program}-restore", "--noflush"], text)
+    own.add(running.pid)
+    running.output()
+    inside.run(f"{program} -R MINE 1 -j DROP")
+    assert set(listener.events()) == {NftAddition(family, "filter", "MINE"), NftRemoval(family, "filter", "MINE")}
+    listener.close()
 
 
 @pytest.mark.parametrize(("program", "family"), [("iptables-legacy", Family.IPV4), ("ip6tables-legacy", Family.IPV6)])

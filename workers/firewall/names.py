@@ -62,6 +62,11 @@ def pod_chain(key: Key, direction: Direction) -> str:
     return POD_PREFIX + digest(key, direction)
 
 
+def dispatch_chain(direction: Direction, prefix: str = "") -> str:
+    """The chain that leads from the addresses of a prefix to their pods' chains; without a prefix: from any address."""
+    return DISPATCH_PREFIX + digest(direction, prefix)
+
+
 def set_name(key: SetKey, family: Family) -> str:
     """Name of a set without the family prefix that ipset needs (`ipset_name`): nftables has a table a family."""
     prefix = SOURCE_PREFIX if key.direction is Direction.INGRESS else DESTINATION_PREFIX

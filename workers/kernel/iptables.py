@@ -44,6 +44,10 @@ class IptablesError(Exception):
     """A program failed; the text names program, table and its own words."""
 
 
+class Refused(IptablesError):
+    """A program, or the kernel behind it, did not take what it was given; something else might be taken."""
+
+
 @dataclass(frozen=True, slots=True)
 class Programs:
     """Which programs to call, and what they can do."""
@@ -68,30 +72,56 @@ def _environment() -> Mapping[str, str]:
     return {**os.environ, "PATH": f"{path}:{_EXTRA_PATH}", "LC_ALL": "C"}
 
 
+class Running:
+    """One of the programs at work, so that several can be at work at once."""
+
+    def __init__(self, arguments: list[str], stdin: str = "") -> None:
+        """Start it; raises `IptablesError` when there is no such program."""
+        environment = _environment()
+        program = shutil.which(arguments[0], path=environment["PATH"])
+        if program is None:
+            raise IptablesError(f"{arguments[0]}: no such program on PATH ({environment['PATH']})")
+        self._arguments = arguments
+        # A file, not a pipe: a program that is not read from yet need not be waited for with large inputs.
+        descriptor = os.memfd_create("iptables", os.MFD_CLOEXEC)
+        try:
+            with open(descriptor, "w", encoding="utf-8", errors="surrogateescape", closefd=False) as file:
+                file.write(stdin)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            self._process = subprocess.Popen(
+                [program, *arguments[1:]],
+                stdin=descriptor,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+                errors="surrogateescape",
+                env=environment,
+            )
+        finally:
+            os.close(descriptor)
+        self.pid = self._process.pid
+
+    def output(self) -> str:
+        """Its output, once it has ended; raises `IptablesError`."""
+        try:
+            stdout, stderr = self._process.communicate(timeout=RUN_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+            raise IptablesError(f"{' '.join(self._arguments)}: no end after {RUN_SECONDS} s") from None
+        status = self._process.returncode
+        if status == 0:
+            return stdout
+        words = "; ".join(line for line in stderr.splitlines() if not line.startswith(("Try ", "Error occurred")))
+        if status == _LOCKED_STATUS and "lock" in words:
+            words = f"another program holds the xtables lock for more than {WAIT_SECONDS} s"
+            raise IptablesError(f"{' '.join(self._arguments)}: {words}")
+        raise Refused(f"{' '.join(self._arguments)}: {words or f'ended with status {status}'}")
+
+
 def run_program(arguments: list[str], stdin: str = "") -> str:
     """Run one of the programs and return its output; raises `IptablesError`."""
-    environment = _environment()
-    program = shutil.which(arguments[0], path=environment["PATH"])
-    if program is None:
-        raise IptablesError(f"{arguments[0]}: no such program on PATH ({environment['PATH']})")
-    try:
-        done = subprocess.run(
-            [program, *arguments[1:]],
-            input=stdin,
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=RUN_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise IptablesError(f"{' '.join(arguments)}: no end after {RUN_SECONDS} s") from None
-    if done.returncode == 0:
-        return done.stdout
-    words = "; ".join(line for line in done.stderr.splitlines() if not line.startswith(("Try ", "Error occurred")))
-    if done.returncode == _LOCKED_STATUS and "lock" in words:
-        words = f"another program holds the xtables lock for more than {WAIT_SECONDS} s"
-    raise IptablesError(f"{' '.join(arguments)}: {words or f'ended with status {done.returncode}'}")
+    return Running(arguments, stdin).output()
 
 
 def all_programs(run: Callable[[list[str]], str] = run_program) -> tuple[Programs, ...]:

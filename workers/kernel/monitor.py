@@ -54,7 +54,7 @@ ROUTE_GROUPS = (RTNLGRP_LINK, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE, RTNLGRP_I
 NFNLGRP_NFTABLES = 7
 
 _NFNL_SUBSYS_NFTABLES = 10
-_NFT_MSG_DELTABLE, _NFT_MSG_DELCHAIN, _NFT_MSG_DELRULE = 2, 5, 8
+_NFT_MSG_DELTABLE, _NFT_MSG_DELCHAIN, _NFT_MSG_NEWRULE, _NFT_MSG_DELRULE = 2, 5, 6, 8
 _NFTA_TABLE_NAME, _NFTA_CHAIN_TABLE, _NFTA_CHAIN_NAME, _NFTA_RULE_TABLE, _NFTA_RULE_CHAIN = 1, 1, 3, 1, 2
 _NFPROTO = {2: Family.IPV4, 10: Family.IPV6}
 
@@ -128,10 +128,24 @@ class NftRemoval:
     chain: str
 
 
-class NftListener:
-    """Removals in nftables tables; iptables-nft keeps its tables there, under their iptables names."""
+@dataclass(frozen=True, slots=True)
+class NftAddition:
+    """A rule was added to, or replaced in, a chain of an nftables table."""
 
-    def __init__(self) -> None:
+    family: Family | None
+    table: str
+    chain: str
+
+
+class NftListener:
+    """Removals in nftables tables; iptables-nft keeps its tables there, under their iptables names.
+
+    ``additions``: rules that appear as well. ``own``: port ids whose changes are passed by; the first nfnetlink socket
+    of a process has its process id for one, and that is the socket by which the iptables programs write.
+    """
+
+    def __init__(self, own: Container[int] = (), *, additions: bool = False) -> None:
+        self._own, self._additions = own, additions
         self._netlink = NetlinkSocket(NETLINK_NETFILTER, (NFNLGRP_NFTABLES,), LISTEN_BYTES)
 
     def fileno(self) -> int:
@@ -142,32 +156,35 @@ class NftListener:
         """Stop listening."""
         self._netlink.close()
 
-    def events(self) -> Iterator[NftRemoval | Lost]:
-        """Every removal since the last call; `LOST` in the place of what was dropped."""
+    def events(self) -> Iterator[NftRemoval | NftAddition | Lost]:
+        """Every change since the last call; `LOST` in the place of what was dropped."""
         while True:
             try:
                 for message in self._netlink.events():
-                    removal = _nft_removal(message)
-                    if removal is not None:
-                        yield removal
+                    change = None if message.portid in self._own else _nft_change(message)
+                    if isinstance(change, NftRemoval) or (change is not None and self._additions):
+                        yield change
                 return
             except Overflow:
                 yield LOST
 
 
-def _nft_removal(message: Message) -> NftRemoval | None:
+_CHANGE_KEYS = {
+    _NFT_MSG_DELTABLE: (_NFTA_TABLE_NAME, 0),
+    _NFT_MSG_DELCHAIN: (_NFTA_CHAIN_TABLE, _NFTA_CHAIN_NAME),
+    _NFT_MSG_NEWRULE: (_NFTA_RULE_TABLE, _NFTA_RULE_CHAIN),
+    _NFT_MSG_DELRULE: (_NFTA_RULE_TABLE, _NFTA_RULE_CHAIN),
+}
+
+
+def _nft_change(message: Message) -> NftRemoval | NftAddition | None:
     kind = message.type & 0xFF
-    if message.type >> 8 != _NFNL_SUBSYS_NFTABLES or len(message.payload) < 4:
+    if message.type >> 8 != _NFNL_SUBSYS_NFTABLES or len(message.payload) < 4 or kind not in _CHANGE_KEYS:
         return None
-    if kind not in (_NFT_MSG_DELTABLE, _NFT_MSG_DELCHAIN, _NFT_MSG_DELRULE):
-        return None
-    table_key, chain_key = {
-        _NFT_MSG_DELTABLE: (_NFTA_TABLE_NAME, 0),
-        _NFT_MSG_DELCHAIN: (_NFTA_CHAIN_TABLE, _NFTA_CHAIN_NAME),
-        _NFT_MSG_DELRULE: (_NFTA_RULE_TABLE, _NFTA_RULE_CHAIN),
-    }[kind]
+    table_key, chain_key = _CHANGE_KEYS[kind]
     found = attribute_map(message.payload, 4)
-    return NftRemoval(
+    made = NftAddition if kind == _NFT_MSG_NEWRULE else NftRemoval
+    return made(
         _NFPROTO.get(message.payload[0]), text_of(found.get(table_key, b"")), text_of(found.get(chain_key, b""))
     )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from kube_router.workers.kernel.links import AddressEvent, LinkEvent
 from kube_router.workers.kernel.monitor import (
     Lost,
+    NftAddition,
     NftListener,
     NftRemoval,
     RouteEvent,
@@ -128,7 +129,7 @@ class ForeignChanges:
         return bool(self._suspects)
 
 
-def _of_our_chains(removal: NftRemoval) -> bool:
+def _of_our_chains(removal: NftRemoval | NftAddition) -> bool:
     return removal.family is not None and any(
         removal.table == table and removal.chain in ("", chain) for table, chain in (FORWARD, POSTROUTING)
     )
