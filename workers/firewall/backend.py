@@ -15,6 +15,10 @@ from kube_router.workers.firewall.rules import Changed, Frame, Ruleset
 from kube_router.workers.model import Failure
 
 
+class BackendError(Exception):
+    """A backend cannot be made on this host; one line that says what it lacks."""
+
+
 @dataclass(frozen=True, slots=True)
 class Synced:
     """What one sync came to.

@@ -240,6 +240,26 @@ class NetlinkSocket:
                     return messages, torn
                 messages.append(message)
 
+    def stream(self, kind: int, payload: bytes) -> Iterator[Message]:
+        """The messages of a dump as they come, so that memory holds few of a large table; to be taken to the end.
+
+        For tables that change all the time and whose entries stand alone: whether it was torn is not told.
+        """
+        self._sequence += 1
+        flags = NLM_F_DUMP | NLM_F_REQUEST
+        header = _HEADER.pack(_HEADER.size + len(payload), kind, flags, self._sequence, self.portid)
+        self._socket.sendto(header + payload, (0, 0))
+        while True:
+            for sequence, message in split_messages(self._receive()):
+                if sequence != self._sequence:
+                    continue
+                if message.type in (_NLMSG_DONE, _NLMSG_ERROR):
+                    error = error_of(message)
+                    if error is not None:
+                        raise error
+                    return
+                yield message
+
     def query(self, kind: int, payload: bytes) -> Message:
         """The single answer to a request; raises `NetlinkError`."""
         self._sequence += 1
