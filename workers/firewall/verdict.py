@@ -234,10 +234,11 @@ def _free(state: ClusterState, packet: Packet, sender: PodFacts | None, receiver
 
 def _owner(state: ClusterState, address: str) -> PodFacts | None:
     """The pod that has an address. Of two that claim it while the API lags behind: the one that stays, then by key."""
+    text = _text(address)
     claims = []
     for pod in state.pods.values():
         facts = pod_facts(pod, state.node_name, state.frame.families)
-        if facts and _text(address) in facts.addresses:
+        if facts and text in facts.addresses:
             claims.append(facts)
     return min(claims, key=lambda facts: (facts.terminating, facts.key), default=None)
 
