@@ -132,7 +132,7 @@ def test_a_policy_isolates_the_pods_of_its_namespace_that_it_selects(
         (("Ingress", "Egress"), None, True, True),
         (None, None, True, False),
         ((), None, True, False),
-        (None, (), True, True),
+        (None, (), True, False),  # no egress rules, no Egress type: SetDefaults_NetworkPolicy of the API server
         (None, (rule(),), True, False),  # covered, and everything allowed
         (("Ingress", "Egres"), (rule(),), True, True),  # an unknown word may mean egress: closed, whatever the rules
         (("Egress", "Ingres"), (rule(),), True, False),

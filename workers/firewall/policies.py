@@ -85,8 +85,8 @@ _Port = PortRange | _Named | None
 def compile_policy(policy: NetworkPolicy, families: Sequence[Family]) -> PolicyRules:
     """What a policy comes to with these address families. Blocks of other families are left out without a problem.
 
-    Source: ``networking.k8s.io/v1``. Without ``policyTypes``, ingress is covered, and egress if the policy has an
-    egress section.
+    Source: ``networking.k8s.io/v1``. Without ``policyTypes``, ingress is covered, and egress if the policy has
+    egress rules: an empty list is none, as the API server defaults it.
     """
     problems: list[str] = []
     target, clear = _target(policy, problems)
@@ -124,7 +124,7 @@ def _target(policy: NetworkPolicy, problems: list[str]) -> tuple[PodSelection, b
 
 def _covered(policy: NetworkPolicy, problems: list[str]) -> dict[Direction, bool]:
     """The directions that the policy isolates, and whether its rules count there."""
-    default = [Direction.INGRESS] if policy.egress is None else [Direction.INGRESS, Direction.EGRESS]
+    default = [Direction.INGRESS, Direction.EGRESS] if policy.egress else [Direction.INGRESS]
     types = policy.policy_types or ()
     covered = {TYPES[word]: True for word in types if word in TYPES}
     unknown = [(index, word) for index, word in enumerate(types) if word not in TYPES]

@@ -306,7 +306,7 @@ def _meets(api: LabelSelector, labels: Mapping[str, str], unclear: bool) -> bool
 
 def _covers(policy: NetworkPolicy, direction: Direction) -> bool:
     types = policy.policy_types or ()
-    by_default = direction is Direction.INGRESS or policy.egress is not None
+    by_default = direction is Direction.INGRESS or bool(policy.egress)
     return _word(direction) in types or (by_default and (not types or _unknown_type(policy)))
 
 
