@@ -27,6 +27,10 @@ SOURCE_PREFIX, DESTINATION_PREFIX = "KUBE-SRC-", "KUBE-DST-"
 NFT_TABLES = {Family.IPV4: "kube-router-filter-ipv4", Family.IPV6: "kube-router-filter-ipv6"}
 """nftables tables of the families ``ip`` and ``ip6``."""
 LOCAL_PODS = "kube-router-local-pods"
+THEMSELVES = "kube-router-pods-themselves"
+"""nftables: pairs of addresses of one isolated pod. A pod reaches itself whatever its policies say."""
+POD_MAPS = {direction: f"kube-router-pods-{direction}" for direction in Direction}
+"""nftables: verdict maps from the address of an isolated pod to its chain."""
 NODE_PORTS = {protocol: f"kube-router-node-ports-{protocol}" for protocol in ("tcp", "udp", "sctp")}
 """Sets of ports. In a bitmap:port set the kernel looks up TCP and UDP, never SCTP (tests/kernel/test_walkers.py)."""
 
@@ -65,6 +69,11 @@ def pod_chain(key: Key, direction: Direction) -> str:
 def dispatch_chain(direction: Direction, prefix: str = "") -> str:
     """The chain that leads from the addresses of a prefix to their pods' chains; without a prefix: from any address."""
     return DISPATCH_PREFIX + digest(direction, prefix)
+
+
+def group_chain(policies: Iterable[Key], direction: Direction) -> str:
+    """nftables: the chain that all pods with these policies of a direction go through."""
+    return POD_PREFIX + digest("policies", direction, *policies)
 
 
 def set_name(key: SetKey, family: Family) -> str:

@@ -8,6 +8,7 @@ state                how a foreign change is noticed          after
 links, addresses     rtnetlink groups                         at once
 routes               rtnetlink groups                         at once
 iptables (nft)       nfnetlink group of nftables              at once
+nftables tables      the same group                           at once
 iptables (legacy)    no events: `Tick`, `legacy_table_marks`  at most 1 s
 ipsets               no events: `Tick`, `SetDriver.marks`     at most 1 s
 ==================== ======================================== ===============================================
@@ -23,7 +24,7 @@ import contextlib
 import ctypes
 import os
 import socket
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -54,7 +55,7 @@ ROUTE_GROUPS = (RTNLGRP_LINK, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE, RTNLGRP_I
 NFNLGRP_NFTABLES = 7
 
 _NFNL_SUBSYS_NFTABLES = 10
-_NFT_MSG_DELTABLE, _NFT_MSG_DELCHAIN, _NFT_MSG_NEWRULE, _NFT_MSG_DELRULE = 2, 5, 6, 8
+_NFT_MSG_DELTABLE, _NFT_MSG_DELCHAIN, _NFT_MSG_NEWRULE, _NFT_MSG_DELRULE, _NFT_MSG_NEWGEN = 2, 5, 6, 8, 15
 _NFTA_TABLE_NAME, _NFTA_CHAIN_TABLE, _NFTA_CHAIN_NAME, _NFTA_RULE_TABLE, _NFTA_RULE_CHAIN = 1, 1, 3, 1, 2
 _NFPROTO = {2: Family.IPV4, 10: Family.IPV6}
 
@@ -187,6 +188,55 @@ def _nft_change(message: Message) -> NftRemoval | NftAddition | None:
     return made(
         _NFPROTO.get(message.payload[0]), text_of(found.get(table_key, b"")), text_of(found.get(chain_key, b""))
     )
+
+
+@dataclass(frozen=True, slots=True)
+class TableChange:
+    """Somebody changed something in an nftables table."""
+
+    family: Family
+    table: str
+
+
+class TableListener:
+    """Changes of whole nftables tables, of any kind; not those that the sockets ``own`` (port ids) made.
+
+    The kernel throws away our own events: a transaction of ours, however large, neither wakes nor fills this socket.
+    """
+
+    def __init__(self, tables: Container[tuple[Family, str]], own: Iterable[int]) -> None:
+        self._tables = tables
+        self._netlink = NetlinkSocket(NETLINK_NETFILTER, (NFNLGRP_NFTABLES,), LISTEN_BYTES)
+        self._netlink.ignore(own)
+
+    def fileno(self) -> int:
+        """For poll."""
+        return self._netlink.fileno()
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._netlink.close()
+
+    def events(self) -> Iterator[TableChange | Lost]:
+        """Every change of the tables since the last call; `LOST` in the place of what was dropped."""
+        while True:
+            try:
+                for message in self._netlink.events():
+                    change = _table_change(message)
+                    if change is not None and (change.family, change.table) in self._tables:
+                        yield change
+                return
+            except Overflow:
+                yield LOST
+
+
+def _table_change(message: Message) -> TableChange | None:
+    if message.type >> 8 != _NFNL_SUBSYS_NFTABLES or message.type & 0xFF == _NFT_MSG_NEWGEN or len(message.payload) < 4:
+        return None
+    family = _NFPROTO.get(message.payload[0])
+    # The table's name is the first attribute of every kind of object.
+    name = attribute_map(message.payload, 4).get(_NFTA_TABLE_NAME)
+    return None if family is None or name is None else TableChange(family, text_of(name))
 
 
 class Tick:

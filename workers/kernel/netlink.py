@@ -11,6 +11,7 @@ Touches the kernel: AF_NETLINK sockets of the calling thread's network namespace
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import socket
@@ -32,7 +33,8 @@ _NLMSG_ERROR, _NLMSG_DONE, _NLMSG_OVERRUN = 2, 3, 4
 _SOL_NETLINK = 270
 _NETLINK_ADD_MEMBERSHIP, _NETLINK_CAP_ACK, _NETLINK_EXT_ACK, _NETLINK_GET_STRICT_CHK = 1, 10, 11, 12
 _NLMSGERR_ATTR_MSG = 1
-_SO_RCVBUFFORCE = 33
+_SO_ATTACH_FILTER, _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 26, 32, 33
+_NFNL_BATCH_BEGIN, _NFNL_BATCH_END = 0x10, 0x11
 
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
@@ -214,6 +216,53 @@ class NetlinkSocket:
                 if sequence == self._sequence:
                     return
 
+    def transaction(self, subsystem: int, requests: Sequence[Request]) -> dict[int, NetlinkError]:
+        """Send all requests as one batch of nfnetlink: all happen, or none. The index of each refused one, its error.
+
+        Raises `NetlinkError` when the batch as a whole is refused (no right to do it), `Overflow` like `batch`.
+        """
+        if not requests:
+            return {}
+        header = struct.pack("=BBH", 0, 0, socket.htons(subsystem))
+        begin = self._sequence + 1
+        first, last = begin + 1, begin + len(requests)
+        self._sequence = last + 1
+        parts = [_HEADER.pack(_HEADER.size + len(header), _NFNL_BATCH_BEGIN, NLM_F_REQUEST, begin, self.portid), header]
+        for sequence, request in enumerate(requests, first):
+            flags = request.flags | NLM_F_REQUEST | (NLM_F_ACK if sequence == last else 0)
+            length = _HEADER.size + len(request.payload)
+            parts.append(_HEADER.pack(length, request.type, flags, sequence, self.portid))
+            parts.append(request.payload + b"\0" * (-length % 4))
+        parts.append(_HEADER.pack(_HEADER.size + len(header), _NFNL_BATCH_END, NLM_F_REQUEST, last + 1, self.portid))
+        parts.append(header)
+        self._send_whole(b"".join(parts), header)
+        self.writes += len(requests)
+        return self._verdicts(begin, last)
+
+    def _send_whole(self, data: bytes, header: bytes) -> None:
+        """One write, whatever its size: the kernel takes a batch only in one piece."""
+        needed = len(data) + len(header) + 4096
+        if needed > self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF):
+            try:
+                self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, needed)
+            except PermissionError:  # without CAP_NET_ADMIN it will be refused anyway
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, needed)
+        self._socket.sendto(data, (0, 0))
+
+    def _verdicts(self, begin: int, last: int) -> dict[int, NetlinkError]:
+        errors: dict[int, NetlinkError] = {}
+        while True:
+            for sequence, message in split_messages(self._receive()):
+                if message.type != _NLMSG_ERROR or not begin <= sequence <= last + 1:
+                    continue
+                error = error_of(message)
+                if error is not None and sequence in (begin, last + 1):
+                    raise error
+                if error is not None:
+                    errors[sequence - begin - 1] = error
+                if sequence == last:
+                    return errors
+
     def dump(self, kind: int, payload: bytes, flags: int = NLM_F_DUMP) -> list[Message]:
         """All messages of a dump, read again when the kernel says that it was torn by a change."""
         for _ in range(DUMP_TRIES):
@@ -272,6 +321,17 @@ class NetlinkSocket:
                 if message.type == _NLMSG_ERROR:
                     raise error_of(message) or NetlinkError(errno.EPROTO, "acknowledged instead of answered")
                 return message
+
+    def ignore(self, portids: Iterable[int]) -> None:
+        """Let the kernel drop what the sockets ``portids`` cause, before it takes room in this listener's buffer."""
+        # One datagram holds messages of one cause. A classic BPF program over it: load the word at 12 (nlmsg_pid).
+        numbers = [int.from_bytes(struct.pack("=I", portid), "big") for portid in portids]
+        program = [(0x20, 0, 0, 12)]
+        program += [(0x15, len(numbers) - at, 0, number) for at, number in enumerate(numbers)]
+        program += [(0x06, 0, 0, 0xFFFFFFFF), (0x06, 0, 0, 0)]
+        code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
+        filter_program = struct.pack("@HP", len(program), ctypes.addressof(code))
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, filter_program)
 
     def events(self) -> Iterator[Message]:
         """Everything that a listener has received and not yet read, without waiting; raises `Overflow`."""

@@ -1,0 +1,244 @@
+"""Reads the text of our nftables table, and writes the transaction that turns what stands into what should.
+
+Pure: texts and values. A transaction's lines are in the order that the kernel needs: what is named comes before what
+names it, and goes after it. All of it happens at one moment, so no packet sees a part.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kube_router.workers.firewall import names
+from kube_router.workers.firewall.nftrender import KIND, Chain, Shape
+from kube_router.workers.firewall.rules import SetKey
+from kube_router.workers.model import Family
+
+_OBJECT = re.compile(r"^\t(?P<word>\w+) (?P<name>\S+) \{$")
+_COMMENT = ' comment "'
+_HEX = re.compile(r"\b0x[0-9a-f]+\b")
+_STATES = re.compile(r"(?<=ct state )[\w,]+")
+_SPELLINGS = (
+    (re.compile(r" counter packets \d+ bytes \d+"), " counter"),
+    (re.compile(r" and (?=0x)"), " & "),
+    (re.compile(r" or (?=0x)"), " | "),
+    (re.compile(r" == 0(?= |$)"), " == 0x00000000"),
+    # Without /etc/protocols their names are not known.
+    (re.compile(r"(?<= meta l4proto )6(?= )"), "tcp"),
+    (re.compile(r"(?<= meta l4proto )17(?= )"), "udp"),
+    (re.compile(r"(?<= meta l4proto )132(?= )"), "sctp"),
+    (re.compile(r" reject with icmp(?:v6)?(?: type)? port-unreachable"), " reject"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ListedChain:
+    """A chain as it stands: its header (empty without a hook) and its rules in `normal` spelling."""
+
+    header: str
+    rules: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Listed:
+    """A table as it stands, without elements."""
+
+    chains: dict[str, ListedChain] = field(default_factory=dict)
+    sets: dict[str, Shape] = field(default_factory=dict)
+
+
+def normal(rule: str) -> str:
+    """A rule as nftables 1.0.6 lists it, from what any version lists or takes; counters have no values."""
+    text, comment, rest = f" {rule}".partition(_COMMENT)
+    for pattern, spelling in _SPELLINGS:
+        text = pattern.sub(spelling, text)
+    text = _HEX.sub(lambda found: f"{int(found[0], 16):#010x}", text)
+    text = _STATES.sub(lambda found: ",".join(sorted(found[0].split(","))), text)
+    return f"{text[1:]}{comment}{rest}"
+
+
+def parse_listing(text: str) -> Listed:
+    """Sets, maps and chains of the text that ``nft -s -t list table`` gives; other objects are passed over."""
+    listed = Listed()
+    lines = iter(text.splitlines())
+    for line in lines:
+        found = _OBJECT.match(line)
+        if found is None:
+            continue
+        body = [inner.strip() for inner in _body(lines)]
+        if found["word"] == "chain":
+            listed.chains[found["name"]] = _chain(body)
+        elif found["word"] in ("set", "map"):
+            listed.sets[found["name"]] = _shape(found["name"], body)
+    return listed
+
+
+def _body(lines: Iterator[str]) -> Iterator[str]:
+    for line in lines:
+        if line == "\t}":
+            return
+        yield line
+
+
+def _chain(body: Sequence[str]) -> ListedChain:
+    header, rules = "", []
+    for line in body:
+        if line.startswith("type ") and " hook " in line:
+            header = line.replace("priority 0;", "priority filter;")
+        elif not line.startswith('comment "'):
+            rules.append(normal(line))
+    return ListedChain(header, tuple(rules))
+
+
+def _shape(name: str, body: Sequence[str]) -> Shape:
+    kind, interval, others = "", False, []
+    for line in body:
+        if line.startswith("type "):
+            kind = line.removeprefix("type ")
+        elif line == "flags interval":
+            interval = True
+        elif not line.startswith('comment "'):
+            others.append(line)  # a size, a timeout: not as we make them
+    return Shape(name, "; ".join([kind, *others]), interval)
+
+
+class SetOwner(NamedTuple):
+    """A line that is there for a set of clauses."""
+
+    key: SetKey
+
+
+class RuleOwner(NamedTuple):
+    """A line that is a rule of a chain."""
+
+    chain: str
+    rule: str
+
+
+class Line(NamedTuple):
+    """A command, whose failure concerns ``owner`` alone (None: everything), and how many things it changes."""
+
+    text: str
+    owner: SetOwner | RuleOwner | None = None
+    writes: int = 1
+
+
+class NewSet(NamedTuple):
+    """A set to be made, with its elements in nftables' words."""
+
+    shape: Shape
+    elements: Sequence[str] = ()
+    owner: SetOwner | None = None
+
+
+@dataclass(slots=True)
+class Steps:
+    """One transaction on one table. ``rebuild``: the table goes first, because something in it cannot be changed.
+
+    ``refill``: sets that are emptied and get their elements anew; ``fill``: chains whose rules are written anew, of
+    which those in ``new_chains`` are made first. ``add`` and ``delete``: elements of sets and maps by name; deletions
+    come first, so that a key of a map can change its verdict.
+    """
+
+    family: Family
+    rebuild: bool = False
+    new_table: bool = False
+    new_sets: list[NewSet] = field(default_factory=list)
+    refill: list[NewSet] = field(default_factory=list)
+    new_chains: list[Chain] = field(default_factory=list)
+    fill: list[Chain] = field(default_factory=list)
+    delete: dict[str, list[str]] = field(default_factory=dict)
+    add: dict[str, list[str]] = field(default_factory=dict)
+    gone_chains: list[str] = field(default_factory=list)
+    gone_sets: Mapping[str, str] = field(default_factory=dict)
+    """By name, the word for it: ``set`` or ``map``."""
+
+    @property
+    def structural(self) -> bool:
+        """Whether anything but elements is concerned."""
+        return bool(
+            self.rebuild
+            or self.new_table
+            or self.new_sets
+            or self.refill
+            or self.new_chains
+            or self.fill
+            or self.gone_chains
+            or self.gone_sets
+        )
+
+    def __bool__(self) -> bool:
+        return self.structural or any(self.add.values()) or any(self.delete.values())
+
+    def lines(self) -> list[Line]:
+        """The commands, in the order in which they can be carried out."""
+        return [*self._table(), *self._sets(), *self._chains(), *self._elements(), *self._gone()]
+
+    @property
+    def table(self) -> str:
+        """Family and name of the table."""
+        return f"{KIND[self.family]} {names.NFT_TABLES[self.family]}"
+
+    def _table(self) -> Iterable[Line]:
+        if self.rebuild:
+            yield Line(f"add table {self.table}", writes=0)
+            yield Line(f"delete table {self.table}")
+        if self.new_table or self.rebuild:
+            yield Line(f'add table {self.table} {{ comment "rules for {names.NFT_TABLES[self.family]}"; }}')
+
+    def _sets(self) -> Iterable[Line]:
+        for shape, elements, owner in self.new_sets:
+            yield Line(f"add {shape.word} {self.table} {shape.name} {shape}", owner)
+            if elements:
+                yield self._change("add", shape.name, elements, owner)
+
+        for shape, elements, owner in self.refill:
+            yield Line(f"flush set {self.table} {shape.name}", owner)
+            if elements:
+                yield self._change("add", shape.name, elements, owner)
+
+    def _chains(self) -> Iterable[Line]:
+        new = {chain.name for chain in self.new_chains}
+        for chain in self.new_chains:
+            yield Line(f"add chain {self.table} {chain.name}{chain}")
+        for chain in self.fill:
+            if chain.name not in new:
+                yield Line(f"flush chain {self.table} {chain.name}", writes=0)
+            for rule in chain.rules:
+                yield Line(f"add rule {self.table} {chain.name} {rule}", RuleOwner(chain.name, rule))
+
+    def _elements(self) -> Iterable[Line]:
+        for verb, by_name in (("delete", self.delete), ("add", self.add)):
+            for name, elements in by_name.items():
+                if elements:
+                    yield self._change(verb, name, elements)
+
+    def _change(self, verb: str, name: str, elements: Sequence[str], owner: SetOwner | None = None) -> Line:
+        text = f"{verb} element {self.table} {name} {{ {', '.join(elements)} }}"
+        return Line(text, owner, len(elements))
+
+    def _gone(self) -> Iterable[Line]:
+        # Emptied first, all of them: a chain goes only when no rule leads to it.
+        for name in self.gone_chains:
+            yield Line(f"flush chain {self.table} {name}", writes=0)
+        for name in self.gone_chains:
+            yield Line(f"delete chain {self.table} {name}")
+        for name, word in self.gone_sets.items():
+            yield Line(f"delete {word} {self.table} {name}")
+
+
+def degraded(rule: str) -> str | None:
+    """What to put in place of a rule of the frame or of a pod's chain that this kernel refuses, for want of a module.
+
+    Never more open: a reject becomes a drop, a log is left out (empty text), an exemption goes. None: nothing fits.
+    """
+    if " log group " in rule:
+        return ""
+    if " counter reject" in rule:
+        without_fib = re.sub(r" fib \w+ type != local", "", rule)
+        return without_fib if without_fib != rule else rule.replace(" counter reject", " counter drop")
+    if rule.startswith("fib "):
+        return ""
+    return None
