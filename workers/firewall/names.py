@@ -104,6 +104,8 @@ def _identity(key: SetKey) -> Iterable[str]:
 def comment(key: Key, words: str) -> str:
     """``<namespace>/<name> <words>``: without control characters, quotes, backslashes; cut to fit both backends."""
     text = f"{key} {words}"
+    if len(text.encode()) <= LONGEST_COMMENT and text.isprintable() and '"' not in text and "\\" not in text:
+        return text  # nearly always
     clean = "".join(char for char in text if char.isprintable() and char not in '"\\')
     while len(clean.encode()) > LONGEST_COMMENT:
         clean = clean[:-1]

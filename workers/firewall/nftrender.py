@@ -20,6 +20,7 @@ and pods with the same policies share a chain. The map's comments tell which pod
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -209,12 +210,13 @@ def port_match(port: PortRange) -> str:
     return f"{protocol} dport {port.first}-{port.last}"
 
 
-def group_chain(policies: Iterable[Key], direction: Direction) -> Chain:
-    """The chain of the pods that exactly these policies isolate in a direction.
+@functools.lru_cache(maxsize=1024)
+def group_chain(keys: tuple[Key, ...], direction: Direction) -> Chain:
+    """The chain of the pods that exactly these policies isolate in a direction, the same in both families.
 
-    The rest of the policies is not asked once one of them has allowed.
+    The rest of the policies is not asked once one of them has allowed. Remembered: a changed pod leaves the chains of
+    all other pods as they are.
     """
-    keys = tuple(policies)
     asks = (
         commented(f"{NOT_ALLOWED} counter jump {names.policy_chain(key, direction)}", names.comment(key, "policy"))
         for key in keys
