@@ -104,7 +104,6 @@ class Nftables:
         for table in tables:
             for key, reason in table.failed(ruleset).items():
                 failed[key] = f"{failed[key]}; {reason}" if key in failed else reason
-        failures += [Failure(PHASE, f"NetworkPolicy {key}: {reason}") for key, reason in sorted(failed.items())]
         return Synced(
             writes=sum(result.writes for result in results.values()),
             failures=tuple(failures),
