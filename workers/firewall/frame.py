@@ -109,6 +109,7 @@ class FrameMaker:
             node_ports=self._ports,
             pod_cidrs=facts.pod_cidrs if facts is not None else (),
             default_deny=fixed.default_deny,
+            only_syn_opens=fixed.only_syn_opens,
         )
 
     def _warnings(self) -> Iterable[str]:
@@ -137,6 +138,7 @@ def _fixed(settings: Settings) -> Frame:
         load_balancer_ranges=_networks(settings.loadbalancer_ip_range, settings.families),
         node_port_range=_port_range(settings.service_node_port_range),
         default_deny=settings.netpol_default_deny,
+        only_syn_opens=settings.netpol_recheck_established,
     )
 
 

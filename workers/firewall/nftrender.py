@@ -239,7 +239,7 @@ def frame_chains(family: Family, frame: Frame) -> tuple[Chain, ...]:
     """The chains that do not depend on policies."""
     return (
         Chain(names.DEFAULT_CHAIN, (commented(f"counter {SET_ALLOWED}", "mark netpol match"),)),
-        Chain(names.COMMON_CHAIN, _common(family)),
+        Chain(names.COMMON_CHAIN, _common(family, frame)),
         Chain(names.TAIL_CHAIN, _tail(family, frame)),
         _top("INPUT", (*_exempt(family, frame), CLEAR_MARKS, *_input(family))),
         _top("FORWARD", (CLEAR_MARKS, *_pods(family, from_node=False))),
@@ -303,11 +303,13 @@ def _passed() -> tuple[str, ...]:
     )
 
 
-def _common(family: Family) -> tuple[str, ...]:
+def _common(family: Family, frame: Frame) -> tuple[str, ...]:
     word, types = _ICMP[family]
+    stray = "tcp flags & (fin | syn | rst | ack) != syn counter reject with tcp reset"
     return (
         commented("ct state invalid counter drop", "rule to drop invalid state for pod"),
         commented("ct state established,related counter accept", "rule for stateful firewall for pod"),
+        *((commented(stray, "reset what is of no connection and opens none"),) if frame.only_syn_opens else ()),
         *(commented(f"{word} type {kind} counter accept", f"allow icmp {kind} messages") for kind in types),
     )
 

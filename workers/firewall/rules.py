@@ -158,6 +158,8 @@ class Frame:
     """What does not come from policies: ranges and ports that are somebody else's business, and the node's own pods.
 
     ``node_ports``: (protocol in lower case, port) of Services, for the packets that the proxy still has to translate.
+    ``only_syn_opens``: reset TCP packets of pods that belong to no tracked connection and open none. Where forbidden
+    connections are cut, the next packet from the end that may talk would bring them back.
     """
 
     families: tuple[Family, ...] = (Family.IPV4,)
@@ -168,6 +170,7 @@ class Frame:
     node_ports: frozenset[tuple[str, int]] = frozenset()
     pod_cidrs: tuple[IPNetwork, ...] = ()
     default_deny: bool = False
+    only_syn_opens: bool = False
 
 
 @dataclass(slots=True)

@@ -55,7 +55,7 @@ def frame_chains(frame: Frame, family: Family) -> dict[str, Rules]:
         TOP_CHAINS["FORWARD"]: tuple(_forward(family)),
         TOP_CHAINS["OUTPUT"]: tuple(_output(family)),
         DEFAULT_CHAIN: (rule(commented("rule to mark traffic matching a network policy"), set_mark(ALLOWED, ALLOWED)),),
-        COMMON_CHAIN: tuple(_common(family)),
+        COMMON_CHAIN: tuple(_common(frame, family)),
         TAIL_CHAIN: tuple(_tail(frame, family)),
     }
 
@@ -132,12 +132,15 @@ def _verdict() -> Iterator[RuleText]:
     yield rule(commented(words), f"-j {TAIL_CHAIN}")
 
 
-def _common(family: Family) -> Iterator[RuleText]:
+def _common(frame: Frame, family: Family) -> Iterator[RuleText]:
     """As upstream, whose comments have quotes of their own."""
     yield rule(commented('"rule to drop invalid state for pod"'), "-m conntrack --ctstate INVALID -j DROP")
     yield rule(
         commented('"rule for stateful firewall for pod"'), "-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"
     )
+    if frame.only_syn_opens:
+        stray = "-m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -j REJECT --reject-with tcp-reset"
+        yield rule("-p tcp", commented("reset what is of no connection and opens none"), stray)
     protocol, match, option = (
         ("icmp", "icmp", "--icmp-type") if family is Family.IPV4 else ("ipv6-icmp", "icmp6", "--icmpv6-type")
     )
