@@ -32,7 +32,8 @@ THEMSELVES = "kube-router-pods-themselves"
 POD_MAPS = {direction: f"kube-router-pods-{direction}" for direction in Direction}
 """nftables: verdict maps from the address of an isolated pod to its chain."""
 NODE_PORTS = {protocol: f"kube-router-node-ports-{protocol}" for protocol in ("tcp", "udp", "sctp")}
-"""Sets of ports. In a bitmap:port set the kernel looks up TCP and UDP, never SCTP (tests/kernel/test_walkers.py)."""
+IPSET_NODE_PORTS = {protocol: name for protocol, name in NODE_PORTS.items() if protocol != "sctp"}
+"""Those that ipset can hold: in a bitmap:port set the kernel looks up TCP and UDP, never SCTP."""
 
 ALLOWED = 0x10000
 """Mark bit: a policy allowed the packet in the direction that is being looked at."""

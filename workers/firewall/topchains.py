@@ -11,8 +11,8 @@ from kube_router.workers.firewall.names import (
     ALLOWED,
     COMMON_CHAIN,
     DEFAULT_CHAIN,
+    IPSET_NODE_PORTS,
     LOCAL_PODS,
-    NODE_PORTS,
     PASSED,
     TAIL_CHAIN,
     TOP_CHAINS,
@@ -40,6 +40,10 @@ _ICMP = {
         ("echo reply messages", 129),
     ),
 }
+
+
+_MULTIPORT = 15
+"""Ports that one match of ``multiport`` takes."""
 
 
 def jump_rule(hook: str) -> RuleText:
@@ -75,9 +79,9 @@ def _input(frame: Frame, family: Family) -> Iterator[RuleText]:
                 )
 
     yield from exempt("allow traffic to primary/secondary cluster IP range", frame.cluster_ranges)
-    for protocol, name in NODE_PORTS.items():
+    for protocol, match in _node_ports(frame):
         words = f"allow LOCAL {protocol.upper()} traffic to node ports"
-        rest = ("-m", "addrtype", "--dst-type", "LOCAL", "-m", "set", "--match-set", name, "dst", "-j", "RETURN")
+        rest = ("-m", "addrtype", "--dst-type", "LOCAL", *match, "-j", "RETURN")
         yield rule(f"-p {protocol}", _upstream_comment(chain, words, *rest, before=("-p", protocol)), *rest)
     yield from exempt("allow traffic to external IP range: {}", frame.external_ranges)
     yield from exempt("allow traffic to load balancer IP range: {}", frame.load_balancer_ranges)
@@ -86,6 +90,16 @@ def _input(frame: Frame, family: Family) -> Iterator[RuleText]:
     yield _common_jump()
     yield _dispatch_jump(family, Direction.EGRESS, conditional=False)
     yield from _verdict()
+
+
+def _node_ports(frame: Frame) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Protocol and match. Ports of SCTP stand in the rules: in a set of ports the kernel finds TCP and UDP only."""
+    for protocol, name in IPSET_NODE_PORTS.items():
+        yield protocol, ("-m", "set", "--match-set", name, "dst")
+    ports = sorted(port for protocol, port in frame.node_ports if protocol == "sctp")
+    for start in range(0, len(ports), _MULTIPORT):
+        listed = ",".join(map(str, ports[start : start + _MULTIPORT]))
+        yield "sctp", ("-m", "multiport", "--dports", listed)
 
 
 def _forward(family: Family) -> Iterator[RuleText]:
