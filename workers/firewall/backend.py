@@ -26,9 +26,9 @@ class Synced:
     ``writes``: members, chains, rules and sets that were changed. ``failed``: policies of which a part could not be
     programmed, and why; that part allows nothing, so their pods are closed to it. ``failures``: all else, what concerns
     more than single policies; such a failure makes the worker unhealthy in the end, a failed policy never does, as no
-    restart would mend it. ``repaired``: a line for each thing
-    that a foreign hand had changed, only from a sync that observed. ``counts`` and ``observations`` (seconds) are by
-    metric name without ``kube_router_``.
+    restart would mend it. Both hold what is wrong now, also if an earlier sync found it. ``repaired``: a line for each
+    thing that a foreign hand had changed, only from a sync that observed. ``counts`` and ``observations`` (seconds) are
+    by metric name without ``kube_router_``.
     """
 
     writes: int = 0

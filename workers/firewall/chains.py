@@ -170,9 +170,10 @@ def render(
     *,
     named: SetNamer = ipset_of,
     without: Container[tuple[SetKey, Family]] = (),
+    without_fixed: Container[str] = (),
 ) -> dict[str, Rules]:
-    """All chains of a family, by name."""
-    chains = frame_chains(frame, family)
+    """All chains of a family, by name. ``without_fixed``: sets of node ports that could not be made."""
+    chains = frame_chains(frame, family, without_fixed)
     chains |= dispatched(ruleset.pods.values(), family)
     for pod in ruleset.pods.values():
         chains |= pod_chains(pod, family, ruleset.policies)

@@ -20,6 +20,8 @@ STEP = 4
 """Bits that one chain decides."""
 SHORT = 1 << STEP
 """A chain may list so many addresses itself: as many as it would have prefixes."""
+DEEPEST = 8
+"""A chain so far below the root lists what it has: nftables takes 16 nested chains in all, `chains.py` needs five."""
 _OPTION = {Direction.INGRESS: "-d", Direction.EGRESS: "-s"}
 
 Entries = list[tuple[int, str]]
@@ -34,14 +36,14 @@ def dispatch_chains(
     The root is there without pods too, so that what leads to it never changes.
     """
     entries = sorted((int(ipaddress.ip_address(address)), chain) for address, chain in pod_chains.items())
-    return dict(_tree(family, direction, dispatch_chain(direction), entries))
+    return dict(_tree(family, direction, dispatch_chain(direction), entries, 0))
 
 
 def _tree(
-    family: Family, direction: Direction, name: str, entries: Entries
+    family: Family, direction: Direction, name: str, entries: Entries, depth: int
 ) -> Iterator[tuple[str, tuple[RuleText, ...]]]:
     option, bits = _OPTION[direction], family.bits
-    if len(entries) <= SHORT:
+    if len(entries) <= SHORT or depth == DEEPEST:
         yield name, tuple(_rule(family, option, value, bits, chain) for value, chain in entries)
         return
     differing = (entries[0][0] ^ entries[-1][0]).bit_length()
@@ -56,7 +58,7 @@ def _tree(
         below.append((child, group))
     yield name, tuple(rules)
     for child, group in below:
-        yield from _tree(family, direction, child, group)
+        yield from _tree(family, direction, child, group, depth + 1)
 
 
 def _groups(entries: Entries, host_bits: int) -> Iterator[tuple[int, Entries]]:

@@ -1,7 +1,7 @@
 """What to write to table filter: the difference between the chains that are there and those that should be.
 
 Pure: values in, parts of a `ChainPlan` out. Chains are compared by their digests (`_fast.rulehash`): their texts are
-large and mostly alike, and are made for what is written only. Ours are the chains of these names and no other; in the
+large and mostly alike, and are made for what is written only. Ours are the chains of our names (`removal.py`); in the
 built-in chains, the rules with the comment of our jumps.
 """
 
@@ -15,11 +15,11 @@ from kube_router.workers.firewall.names import (
     COMMON_CHAIN,
     DEFAULT_CHAIN,
     DISPATCH_PREFIX,
-    POD_PREFIX,
     POLICY_PREFIX,
     TAIL_CHAIN,
     TOP_CHAINS,
 )
+from kube_router.workers.firewall.removal import is_our_chain
 from kube_router.workers.firewall.ruletext import Rules
 from kube_router.workers.firewall.topchains import jump_rule
 from kube_router.workers.rulefacts import ChainPlan, RuleStep, RuleText
@@ -28,14 +28,8 @@ Digest = bytes
 EMPTY: Digest = rule_set_hash(())
 
 _FIXED = frozenset({*TOP_CHAINS.values(), DEFAULT_CHAIN, COMMON_CHAIN, TAIL_CHAIN})
-_OURS = re.compile(f"(?:{POD_PREFIX}|{POLICY_PREFIX}|{DISPATCH_PREFIX})[A-Z2-7]{{16}}")
 _MAY_BE_EMPTY = (POLICY_PREFIX, DISPATCH_PREFIX)
 _JUMP = re.compile(r'-m comment --comment "kube-router netpol - [A-Z2-7]{16}" -j KUBE-ROUTER-(?:INPUT|FORWARD|OUTPUT)')
-
-
-def is_our_chain(name: str) -> bool:
-    """Whether a chain is ours, of this version, an earlier one or Go kube-router: by its name."""
-    return name in _FIXED or _OURS.fullmatch(name) is not None
 
 
 def digest_of(rules: Rules) -> Digest:

@@ -26,6 +26,8 @@ DISPATCH_PREFIX = "KUBE-POD-BY-"
 SOURCE_PREFIX, DESTINATION_PREFIX = "KUBE-SRC-", "KUBE-DST-"
 NFT_TABLES = {Family.IPV4: "kube-router-filter-ipv4", Family.IPV6: "kube-router-filter-ipv6"}
 """nftables tables of the families ``ip`` and ``ip6``."""
+WORDS_CHAIN = "KUBE-POD-BY-WORDS22222222222"
+"""A chain to which nothing leads, for a moment: what is written there is read back, to see in which words."""
 LOCAL_PODS = "kube-router-local-pods"
 THEMSELVES = "kube-router-pods-themselves"
 """nftables: pairs of addresses of one isolated pod. A pod reaches itself whatever its policies say."""

@@ -5,7 +5,7 @@ Pure. Positions, comments and marks are upstream's; what each chain is for stand
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from kube_router.workers.firewall.names import (
     ALLOWED,
@@ -52,10 +52,10 @@ def jump_rule(hook: str) -> RuleText:
     return rule(_upstream_comment(hook, "kube-router netpol", "-j", target), f"-j {target}")
 
 
-def frame_chains(frame: Frame, family: Family) -> dict[str, Rules]:
-    """The chains that do not depend on pods or policies."""
+def frame_chains(frame: Frame, family: Family, without: Container[str] = ()) -> dict[str, Rules]:
+    """The chains that do not depend on pods or policies. ``without``: sets of node ports that no rule may name."""
     return {
-        TOP_CHAINS["INPUT"]: tuple(_input(frame, family)),
+        TOP_CHAINS["INPUT"]: tuple(_input(frame, family, without)),
         TOP_CHAINS["FORWARD"]: tuple(_forward(family)),
         TOP_CHAINS["OUTPUT"]: tuple(_output(family)),
         DEFAULT_CHAIN: (rule(commented("rule to mark traffic matching a network policy"), set_mark(ALLOWED, ALLOWED)),),
@@ -64,7 +64,7 @@ def frame_chains(frame: Frame, family: Family) -> dict[str, Rules]:
     }
 
 
-def _input(frame: Frame, family: Family) -> Iterator[RuleText]:
+def _input(frame: Frame, family: Family, without: Container[str]) -> Iterator[RuleText]:
     """Traffic to the node itself. What the proxy has yet to translate is asked about after that, in OUTPUT."""
     chain = TOP_CHAINS["INPUT"]
 
@@ -79,7 +79,7 @@ def _input(frame: Frame, family: Family) -> Iterator[RuleText]:
                 )
 
     yield from exempt("allow traffic to primary/secondary cluster IP range", frame.cluster_ranges)
-    for protocol, match in _node_ports(frame):
+    for protocol, match in _node_ports(frame, without):
         words = f"allow LOCAL {protocol.upper()} traffic to node ports"
         rest = ("-m", "addrtype", "--dst-type", "LOCAL", *match, "-j", "RETURN")
         yield rule(f"-p {protocol}", _upstream_comment(chain, words, *rest, before=("-p", protocol)), *rest)
@@ -92,10 +92,11 @@ def _input(frame: Frame, family: Family) -> Iterator[RuleText]:
     yield from _verdict()
 
 
-def _node_ports(frame: Frame) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _node_ports(frame: Frame, without: Container[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Protocol and match. Ports of SCTP stand in the rules: in a set of ports the kernel finds TCP and UDP only."""
     for protocol, name in IPSET_NODE_PORTS.items():
-        yield protocol, ("-m", "set", "--match-set", name, "dst")
+        if name not in without:
+            yield protocol, ("-m", "set", "--match-set", name, "dst")
     ports = sorted(port for protocol, port in frame.node_ports if protocol == "sctp")
     for start in range(0, len(ports), _MULTIPORT):
         listed = ",".join(map(str, ports[start : start + _MULTIPORT]))
