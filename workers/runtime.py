@@ -8,7 +8,8 @@ When a reconciliation happens (all times monotonic seconds):
 
 - at the first usable snapshot (in sync, or stale from disk: law 1), and never before;
 - ``min_interval`` after the first of a burst of cluster changes or driver wake-ups (debounce with a bound: a steady
-  stream of events delays nothing beyond it), or after the cluster has come in sync (what was kept may now go);
+  stream of events delays nothing beyond it), or after the cluster has come in sync (what was kept may now go); with
+  ``at_once`` the first of them is not waited with, and the interval is the least between two;
 - ``retry_first`` after a failure, doubling up to ``retry_most``, with jitter; a cluster change does not wait for it;
 - ``period`` after the last one, as the background check for drift.
 
@@ -113,9 +114,14 @@ class Controller(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Bounds on how often a controller runs, in seconds; ``beat`` is the heartbeat interval."""
+    """Bounds on how often a controller runs, in seconds; ``beat`` is the heartbeat interval.
+
+    ``at_once``: a change after a quiet ``min_interval`` is not waited with; only what follows it closely is gathered.
+    For a controller whose changes are small, and for whom the wait would be most of the time that one takes.
+    """
 
     min_interval: float = 0.01
+    at_once: bool = False
     retry_first: float = 1.0
     retry_most: float = 60.0
     beat: float = HEARTBEAT_SECONDS
@@ -128,14 +134,16 @@ class Schedule:
         """``jitter`` returns a number in [0, 1) and spreads the retries."""
         self._pace, self._period, self._jitter = pace, period, jitter
         self._dirty_at: float | None = None
+        self._ended_at = float("-inf")
         self._retry_at: float | None = None
         self._period_at: float | None = None
         self._retries = 0
 
     def dirty(self, now: float) -> None:
-        """Something changed; due ``min_interval`` after the *first* change of a burst."""
+        """Something changed; due ``min_interval`` after the *first* change of a burst, or after the last turn's end."""
         if self._dirty_at is None:
-            self._dirty_at = now + self._pace.min_interval
+            since = self._ended_at if self._pace.at_once else now
+            self._dirty_at = max(now, since + self._pace.min_interval)
 
     def done(self, now: float, failed: bool, again_after: float | None) -> None:
         """A reconciliation ended at ``now``.
@@ -143,7 +151,7 @@ class Schedule:
         One that fails before the retry of an earlier failure is due leaves that retry where it is: a stream of changes
         neither delays it nor doubles its interval.
         """
-        self._dirty_at = None
+        self._dirty_at, self._ended_at = None, now
         self._period_at = now + self._period
         if not failed:
             self._retries = 0

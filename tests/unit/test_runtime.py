@@ -64,6 +64,20 @@ def test_a_burst_is_due_one_interval_after_its_first_change() -> None:
     assert plan.due(100.0101) == (True, False, False)
 
 
+def test_the_first_change_after_a_quiet_time_need_not_wait() -> None:
+    plan = Schedule(Pace(min_interval=0.01, at_once=True), 300.0, lambda: 0.5)
+    plan.dirty(100.0)
+    assert plan.due(100.0) == (True, False, False)
+    plan.done(100.002, failed=False, again_after=None)
+    plan.dirty(100.003)
+    plan.dirty(100.009)
+    assert plan.due(100.0119) == (False, False, False)
+    assert plan.due(100.0121) == (True, False, False), "what followed closely is gathered"
+    plan.done(100.02, failed=False, again_after=None)
+    plan.dirty(101.0)
+    assert plan.wait(101.0) == 0.0
+
+
 def test_a_burst_is_over_when_it_was_reconciled() -> None:
     plan = schedule()
     plan.dirty(100.0)
@@ -374,7 +388,8 @@ def test_a_change_is_reconciled_with_what_changed_and_no_more() -> None:
     bench.put(node("c"))
     bench.turn(0.02)
     _, trigger, nodes = bench.worker.seen[-1]
-    assert trigger == Trigger(changes={"nodes": {"b": (node("b"), node("b", 1)), "c": (None, node("c"))}})
+    changes = {"nodes": {"b": (node("b"), node("b", 1)), "c": (None, node("c"))}}
+    assert trigger == Trigger(changes=changes, seen=trigger.seen)
     assert not trigger.observe
     assert sorted(nodes) == ["a", "b", "c"]
 
