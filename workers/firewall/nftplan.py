@@ -205,7 +205,7 @@ class Steps:
             yield Line(f"add chain {self.table} {chain.name}{chain}")
         for chain in self.fill:
             if chain.name not in new:
-                yield Line(f"flush chain {self.table} {chain.name}", writes=0)
+                yield Line(f"flush chain {self.table} {chain.name}")
             for rule in chain.rules:
                 yield Line(f"add rule {self.table} {chain.name} {rule}", RuleOwner(chain.name, rule))
 
