@@ -8,6 +8,7 @@ two namespaces cannot meet, S6) and no time: a name is the same at every sync an
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from collections.abc import Iterable
 
@@ -59,6 +60,7 @@ def upstream_digest(text: str) -> str:
     return base64.b32encode(hashlib.sha256(text.encode()).digest()).decode()[:16]
 
 
+@functools.lru_cache(16384)  # asked for at every look, of every policy and of every list of policies
 def policy_chain(key: Key, direction: Direction) -> str:
     """The chain that holds a policy's clauses of one direction (S1: never both in one)."""
     return POLICY_PREFIX + digest(key, direction)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kube_router.workers.firewall import names
-from kube_router.workers.firewall.nftplan import Listed, parse_listing
+from kube_router.workers.firewall.nftplan import Listed, ListedChain, normal, parse_listing
 from kube_router.workers.firewall.nftrender import Chain, frame_shapes
 from kube_router.workers.firewall.nftrender import set_shape as shape_of
 from kube_router.workers.firewall.nftstate import ALTERED, EMPTY, Believed, rules_hash
@@ -115,8 +115,7 @@ def _see_chains(seen: Seen, expected: Expected) -> None:
         wanted = expected.chains.get(name)
         if wanted is not None and listed.header != wanted.header:
             seen.misfits.append(f"chain {name} is hooked as {listed.header or 'no base chain'!r}")
-        found = rules_hash(listed.rules)
-        seen.believed.chains[name] = expected.printed.get(found, found)
+        seen.believed.chains[name] = _identity(listed, wanted, expected.printed)
     before = expected.before
     if not before.known:
         return
@@ -128,6 +127,13 @@ def _see_chains(seen: Seen, expected: Expected) -> None:
             seen.repaired.append(f"chain {name} was {'flushed' if found == EMPTY else 'changed'}")
             seen.believed.chains[name] = ALTERED
     seen.repaired += [f"chain {name} was deleted" for name in before.chains if name not in seen.believed.chains]
+
+
+def _identity(listed: ListedChain, wanted: Chain | None, printed: Mapping[int, int]) -> int:
+    if wanted is not None and listed.rules == wanted.rules:  # mostly so, and then the spelling is no question
+        return rules_hash(wanted.rules)
+    found = rules_hash([*map(normal, listed.rules)])
+    return printed.get(found, found)
 
 
 def _see_shapes(seen: Seen, expected: Expected) -> None:

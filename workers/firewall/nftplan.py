@@ -35,7 +35,7 @@ _SPELLINGS = (
 
 @dataclass(frozen=True, slots=True)
 class ListedChain:
-    """A chain as it stands: its header (empty without a hook) and its rules in `normal` spelling."""
+    """A chain as it stands: its header (empty without a hook) and its rules as they were listed."""
 
     header: str
     rules: tuple[str, ...]
@@ -88,7 +88,7 @@ def _chain(body: Sequence[str]) -> ListedChain:
         if line.startswith("type ") and " hook " in line:
             header = line.replace("priority 0;", "priority filter;")
         elif not line.startswith('comment "'):
-            rules.append(normal(line))
+            rules.append(line)
     return ListedChain(header, tuple(rules))
 
 
@@ -238,7 +238,7 @@ def degraded(rule: str) -> str | None:
         return ""
     if " counter reject" in rule:
         without_fib = re.sub(r" fib \w+ type != local", "", rule)
-        return without_fib if without_fib != rule else rule.replace(" counter reject", " counter drop")
+        return without_fib if without_fib != rule else re.sub(r" counter reject( with tcp reset)?", " counter drop", rule)
     if rule.startswith("fib "):
         return ""
     return None

@@ -26,6 +26,7 @@ from kube_router.workers.firewall.nftplan import (
     SetOwner,
     Steps,
     degraded,
+    normal,
     parse_listing,
 )
 from kube_router.workers.firewall.nftrender import Chain, frame_shapes
@@ -438,7 +439,7 @@ class TableSync:
         listed = parse_listing(text).chains
         for chain in rewritten:
             if chain.name in listed:
-                found, written = rules_hash(listed[chain.name].rules), rules_hash(chain.rules)
+                found, written = rules_hash([*map(normal, listed[chain.name].rules)]), rules_hash(chain.rules)
                 if found != written:
                     self._printed[found] = written
 

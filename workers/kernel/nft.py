@@ -28,6 +28,8 @@ _STATELESS, _TERSE = 1 << 2, 1 << 11
 _ABSENT = "No such file or directory"
 _ERROR = re.compile(r"^(?:/\S*?:(?P<line>\d+):[\d-]+: )?(?:\w+: )?Error: (?P<words>.*)$", re.MULTILINE)
 _WORDS_SHOWN = 3
+_LARGE = 256 * 1024
+"""Bytes of commands or of a listing after which the heap is worth the milliseconds that trimming it takes."""
 
 
 class NftError(Exception):
@@ -69,6 +71,7 @@ class Nft:
     def __init__(self) -> None:
         """Raises `NftError` when the library is missing or cannot open its socket."""
         self._library = _load()
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)  # other C libraries than glibc lack it
         before = _descriptors()
         # The library ends the process when it cannot open its socket: whether it can is found out first.
         try:
@@ -98,11 +101,13 @@ class Nft:
         try:
             with open(descriptor, "w", closefd=False) as file:
                 file.writelines(f"{command}\n" for command in commands)
+            size = os.fstat(descriptor).st_size
             status = self._library.nft_run_cmd_from_filename(self._context, b"/proc/self/fd/%d" % descriptor)
         finally:
             os.close(descriptor)
         self._library.nft_ctx_get_output_buffer(self._context)
         words = self._errors()
+        self._give_back(size)
         if status != 0:
             raise _error(commands, words)
 
@@ -112,11 +117,17 @@ class Nft:
         status = self._library.nft_run_cmd_from_buffer(self._context, command.encode())
         text: bytes = self._library.nft_ctx_get_output_buffer(self._context) or b""
         words = self._errors()
+        self._give_back(len(text))
         if status == 0:
             return text.decode("utf-8", "replace")
         if _ABSENT in words:
             return None
         raise _error([command], words)
+
+    def _give_back(self, size: int) -> None:
+        """The library needs some fifty times the size of a text, and glibc would keep that."""
+        if size >= _LARGE:
+            self._trim(0)
 
     def _errors(self) -> str:
         return (self._library.nft_ctx_get_error_buffer(self._context) or b"").decode("utf-8", "replace")

@@ -51,11 +51,11 @@ Key = bytes
 def pack_member(member: str, family: Family) -> Key:
     """The key of ``10.0.0.1``, ``10.0.0.1,tcp:8080`` or a port, ``8080``; ValueError for anything else."""
     address, comma, endpoint = member.partition(",")
-    if not comma and address.isdecimal():
-        return struct.pack("!H", int(address))
     try:
         packed = socket.inet_pton(_NFPROTO[family], address)
     except OSError:
+        if member.isdecimal():
+            return struct.pack("!H", int(member))
         raise ValueError(f"{member!r} is no member of a set of {family} addresses") from None
     if not comma:
         return packed
