@@ -25,6 +25,7 @@ _SPELLINGS = (
     (re.compile(r" and (?=0x)"), " & "),
     (re.compile(r" or (?=0x)"), " | "),
     (re.compile(r" == 0(?= |$)"), " == 0x00000000"),
+    (re.compile(r" tcp flags & \(fin \| syn \| rst \| ack\) != syn "), " tcp flags != syn / fin,syn,rst,ack "),
     # Without /etc/protocols their names are not known.
     (re.compile(r"(?<= meta l4proto )6(?= )"), "tcp"),
     (re.compile(r"(?<= meta l4proto )17(?= )"), "udp"),
@@ -238,7 +239,9 @@ def degraded(rule: str) -> str | None:
         return ""
     if " counter reject" in rule:
         without_fib = re.sub(r" fib \w+ type != local", "", rule)
-        return without_fib if without_fib != rule else re.sub(r" counter reject( with tcp reset)?", " counter drop", rule)
+        return (
+            without_fib if without_fib != rule else re.sub(r" counter reject( with tcp reset)?", " counter drop", rule)
+        )
     if rule.startswith("fib "):
         return ""
     return None

@@ -305,7 +305,7 @@ def _passed() -> tuple[str, ...]:
 
 def _common(family: Family, frame: Frame) -> tuple[str, ...]:
     word, types = _ICMP[family]
-    stray = "tcp flags & (fin | syn | rst | ack) != syn counter reject with tcp reset"
+    stray = "tcp flags != syn / fin,syn,rst,ack counter reject with tcp reset"
     return (
         commented("ct state invalid counter drop", "rule to drop invalid state for pod"),
         commented("ct state established,related counter accept", "rule for stateful firewall for pod"),
