@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import select
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from support.namespaces import Namespace
@@ -15,7 +15,7 @@ from kube_router.ipc.messages import NetworkPolicy, Pod
 from kube_router.workers.firewall.backend import Synced
 from kube_router.workers.firewall.iptables import Iptables
 from kube_router.workers.firewall.rules import Changed, Frame, Ruleset
-from kube_router.workers.kernel.chains import ChainDriver
+from kube_router.workers.kernel.chains import ChainDriver, FilterTable
 from kube_router.workers.kernel.iptables import Backend, Programs
 from kube_router.workers.model import Family, parse_network
 
@@ -130,3 +130,37 @@ def test_a_second_sync_and_a_new_process_write_nothing(node: Node) -> None:
         assert (synced.writes, synced.failures, synced.repaired, synced.warnings) == (0, (), (), ())
         assert synced.counts == first.counts
     assert node.everything() == before
+
+
+def test_rules_are_read_again_only_when_somebody_has_changed_some(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel counts the changes of nftables; of legacy tables it does not."""
+    reads: list[Family] = []
+    observe = ChainDriver.observe
+
+    def counted(driver: ChainDriver, family: Family, ours: Callable[[str], bool]) -> FilterTable:
+        reads.append(family)
+        return observe(driver, family, ours)
+
+    monkeypatch.setattr(ChainDriver, "observe", counted)
+
+    def look() -> tuple[int, Synced]:
+        reads.clear()
+        synced = node.look()
+        return len(reads), synced
+
+    node.start()
+    assert look()[0] == 2, "what was written has not been read yet"
+    unread = 0 if node.kind == "nft" else 2
+    assert [look()[0] for _ in range(2)] == [unread] * 2
+    node.iptables(Family.IPV6, "-A FORWARD -s fd00::77 -j ACCEPT")
+    assert [look()[0], look()[0]] == [2, unread], "a stranger's rule, of which nothing is to be done"
+    node.iptables(Family.IPV4, "-F KUBE-NWPLCY-TAIL")
+    count, synced = look()
+    assert count >= 2 and synced.repaired and synced.writes
+    assert look()[0] == 2, "the repair has not been read yet"
+    node.become(WEB, OTHER, REMOTE, DENY, ALLOW)
+    assert [look()[0], look()[0]] == [2, unread], "own changes are read once"
+    node.namespace.run("ipset flush kube-router-local-pods")
+    count, synced = look()
+    assert (count, len(synced.repaired)) == (unread, 1), "sets are looked at all the same"
+    assert look()[1].writes == 0

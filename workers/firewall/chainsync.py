@@ -71,14 +71,16 @@ class ChainSync:
     ) -> dict[Family, ChainPlan]:
         """What is to be written, for each family that could be read.
 
-        ``everything``: do not rely on ``changed`` for what differs from the last call.
+        ``everything``: do not rely on ``changed`` for what differs from the last call. ``observe``: read what stands,
+        and try again what was refused.
         """
+        same = not everything and not changed
         plans: dict[Family, ChainPlan] = {}
         self._repairs.clear()
         for family, chains in self.of.items():
             try:
                 if observe or not chains.certain:
-                    self._observe(chains, wanted, hold=hold, result=result)
+                    self._observe(chains, wanted, same=same, hold=hold, result=result)
                 elif everything or chains.pending:
                     chains.want_all(wanted)
                 else:
@@ -92,6 +94,11 @@ class ChainSync:
         """Nobody knows what stands in a family; it is read before the next attempt."""
         self.of[family].certain = False
         self._errors[family] = str(error)
+
+    @property
+    def settled(self) -> bool:
+        """Whether all stands that is wanted, nothing was refused, and all of that is certain."""
+        return all(each.certain and not each.pending and not each.incomplete for each in self.of.values())
 
     def withhold(self, family: Family, why: str) -> None:
         """A family cannot be written now, for a reason that lies elsewhere."""
@@ -132,14 +139,20 @@ class ChainSync:
                 if key is not None:
                     result.fail(key, f"its {family} chain {chain} was refused and allows nothing: {why}")
 
-    def _observe(self, chains: FamilyChains, wanted: Wanted, *, hold: bool, result: ChainResult) -> None:
-        """Read the kernel, and tell what somebody changed of what was certain."""
+    def _observe(self, chains: FamilyChains, wanted: Wanted, *, same: bool, hold: bool, result: ChainResult) -> None:
+        """Read the kernel, and tell what somebody changed of what was certain.
+
+        ``same``: nothing else is wanted than at the last call; then nothing is rendered if it all stands.
+        """
         began = self._clock()
         table = self._driver.observe(chains.family, is_our_chain)
         result.seconds[f"controller_iptables_v{chains.family.value}_save_time"] = self._clock() - began
         before = dict(chains.standing) if chains.certain else None
         jumps_stood = chains.jumps_stand
+        same = same and before is not None and not chains.incomplete
         chains.observed(table.chains, table.hooks, hold=hold)
+        if same and not chains.pending:
+            return
         chains.want_all(wanted)
         if before is None:
             return

@@ -62,6 +62,11 @@ class FamilyChains:
         return self._jumps_stand
 
     @property
+    def incomplete(self) -> bool:
+        """Whether something stands otherwise than the rules ask, as the kernel did not take it."""
+        return bool(self.refused or self.kept)
+
+    @property
     def standing(self) -> Mapping[str, Digest]:
         """The chains that are believed to be there."""
         return self._tracker.actual

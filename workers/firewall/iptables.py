@@ -86,6 +86,8 @@ class Iptables:
         self._chains = ChainSync(self._chain_driver, (), clock)
         self._frame: Frame | None = None
         self._held = False
+        self._settled_at: int | None = None
+        """The watch's generation at which all rules were as they should be; no rule is read again while it is that."""
 
     def wakers(self) -> Mapping[int, Callable[[], bool]]:
         """Listeners for what others do to our rules, and a tick for what the kernel tells nothing of."""
@@ -115,7 +117,7 @@ class Iptables:
         self._add_to_sets(sync)
         others = failed != (set(self._sets.failed), set(self._sets.failed_fixed))
         if not (changed.only_members and not observe and not sync.new_frame and not others):
-            self._write_chains(sync, everything=sync.everything or sync.new_frame or others)
+            self._write_chains(sync, everything=changed.everything or sync.new_frame or others)
         self._take_from_sets(sync)
         sync.seconds["controller_iptables_sync_time"] = self._clock() - began
         return self._report(sync)
@@ -134,11 +136,14 @@ class Iptables:
     def _write_chains(self, sync: _Sync, *, everything: bool) -> None:
         began = self._clock()
         wanted = self._wanted(sync.ruleset, sync.frame)
+        generation = self._watch.generation()
+        untouched = generation is not None and generation == self._settled_at
+        observe = sync.observe and not untouched
         with contextlib.suppress(OSError):
-            if sync.observe:
+            if observe:
                 self._watch.reading()
         plans = self._chains.prepare(
-            wanted, sync.changed, observe=sync.observe, everything=everything, hold=sync.hold, result=sync.chains
+            wanted, sync.changed, observe=observe, everything=everything, hold=sync.hold, result=sync.chains
         )
         for family in list(plans):
             if not self._chains.of[family].gated and not self._local_pods(sync, family, hold=True):
@@ -147,6 +152,9 @@ class Iptables:
                 del plans[family]
         with self._watch.writing():
             self._chains.write(plans, sync.chains)
+        settled = (observe or untouched) and self._chains.settled and not any(plans.values()) and not sync.hold
+        # The number was asked for before the rules were read: who came in between has made it another.
+        self._settled_at = generation if settled else None
         sync.seconds["controller_policy_chains_sync_time"] = self._clock() - began
 
     def _local_pods(self, sync: _Sync, family: Family, *, hold: bool) -> bool:

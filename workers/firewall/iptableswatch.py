@@ -8,11 +8,20 @@ words of the former and the number of members of the latter are compared.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from kube_router.workers.firewall.removal import is_our_chain
 from kube_router.workers.kernel.chains import BUILT_IN, TABLE, ChainDriver
-from kube_router.workers.kernel.monitor import Lost, NftAddition, NftListener, NftRemoval, Tick, legacy_table_mark
+from kube_router.workers.kernel.monitor import (
+    Lost,
+    NftAddition,
+    NftListener,
+    NftRemoval,
+    Tick,
+    legacy_table_mark,
+    nft_generation,
+)
+from kube_router.workers.kernel.netlink import NETLINK_NETFILTER, NetlinkSocket
 from kube_router.workers.model import Family
 
 Marks = dict[Family, bytes]
@@ -25,18 +34,20 @@ class IptablesWatch:
         """``driver``: by whose programs we write; ``sets_differ``: the cheap look at the sets. Raises OSError."""
         self._writers, self._sets_differ = driver.writers, sets_differ
         self._legacy = driver.programs.backend == "legacy"
-        self._nft = NftListener(driver.writers, additions=True)
-        try:
+        with ExitStack() as opened:
+            self._nft = NftListener(driver.writers, additions=True)
+            opened.callback(self._nft.close)
+            self._asking = NetlinkSocket(NETLINK_NETFILTER)
+            opened.callback(self._asking.close)
             self._tick = Tick()
-        except OSError:
-            self._nft.close()
-            raise
+            opened.pop_all()
         self._marks: Marks | None = None
         self.families: tuple[Family, ...] = ()
 
     def close(self) -> None:
         """Stop listening."""
         self._nft.close()
+        self._asking.close()
         self._tick.close()
 
     def wakers(self) -> Mapping[int, Callable[[], bool]]:
@@ -65,6 +76,15 @@ class IptablesWatch:
 
     def _read_marks(self) -> Marks:
         return {family: legacy_table_mark(family, TABLE) for family in self.families} if self._legacy else {}
+
+    def generation(self) -> int | None:
+        """A number that is another one after every change of a rule by anybody; None: nobody counts the changes."""
+        if self._legacy:
+            return None
+        try:
+            return nft_generation(self._asking)
+        except OSError:
+            return None
 
     def reading(self) -> None:
         """The tables are about to be read: what changes from here on is a change. Raises OSError."""

@@ -24,6 +24,7 @@ import contextlib
 import ctypes
 import os
 import socket
+import struct
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,7 @@ NFNLGRP_NFTABLES = 7
 
 _NFNL_SUBSYS_NFTABLES = 10
 _NFT_MSG_DELTABLE, _NFT_MSG_DELCHAIN, _NFT_MSG_NEWRULE, _NFT_MSG_DELRULE, _NFT_MSG_NEWGEN = 2, 5, 6, 8, 15
+_NFT_MSG_GETGEN, _NFTA_GEN_ID = 16, 1
 _NFTA_TABLE_NAME, _NFTA_CHAIN_TABLE, _NFTA_CHAIN_NAME, _NFTA_RULE_TABLE, _NFTA_RULE_CHAIN = 1, 1, 3, 1, 2
 _NFPROTO = {2: Family.IPV4, 10: Family.IPV6}
 
@@ -168,6 +170,15 @@ class NftListener:
                 return
             except Overflow:
                 yield LOST
+
+
+def nft_generation(netlink: NetlinkSocket) -> int:
+    """The number of the namespace's nftables rules: every transaction of anybody makes it another. Raises OSError.
+
+    ``netlink``: a socket of NETLINK_NETFILTER that listens to nothing.
+    """
+    answer = netlink.query(_NFNL_SUBSYS_NFTABLES << 8 | _NFT_MSG_GETGEN, struct.pack("=BBH", 0, 0, 0))
+    return int.from_bytes(attribute_map(answer.payload, 4)[_NFTA_GEN_ID], "big")
 
 
 _CHANGE_KEYS = {

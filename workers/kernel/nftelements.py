@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kube_router.workers.kernel.monitor import nft_generation
 from kube_router.workers.kernel.netlink import (
     NETLINK_NETFILTER,
     NLM_F_CREATE,
@@ -32,12 +33,11 @@ from kube_router.workers.kernel.nft import NftError
 from kube_router.workers.model import Family
 
 SUBSYSTEM = 10
-_NEWSETELEM, _GETSETELEM, _DELSETELEM, _GETGEN = 12, 13, 14, 16
+_NEWSETELEM, _GETSETELEM, _DELSETELEM = 12, 13, 14
 _LIST_TABLE, _LIST_SET, _LIST_ELEMENTS = 1, 2, 3
 _LIST_ELEM = 1
 _ELEM_KEY, _ELEM_DATA, _ELEM_FLAGS = 1, 2, 3
 _DATA_VALUE, _DATA_VERDICT, _VERDICT_CHAIN = 1, 2, 2
-_GEN_ID = 1
 _INTERVAL_END = 1
 _NFPROTO = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
 _PROTOCOLS = {"tcp": 6, "udp": 17, "sctp": 132}
@@ -131,10 +131,9 @@ class ElementDriver:
     def generation(self) -> int:
         """The number of the namespace's rule set: every transaction of anybody makes it another one."""
         try:
-            answer = self._netlink.query(SUBSYSTEM << 8 | _GETGEN, struct.pack("=BBH", 0, 0, 0))
+            return nft_generation(self._netlink)
         except OSError as error:
             raise NftError(f"nftables: {error.strerror or error}") from error
-        return int.from_bytes(attribute_map(answer.payload, 4)[_GEN_ID], "big")
 
     def apply(self, family: Family, table: str, changes: Iterable[ElementChange]) -> None:
         """Make all changes, or none. An added key may be there already; a deleted one must be. Raises `NftError`."""
