@@ -64,5 +64,6 @@ def _addresses(pod: Pod, families: tuple[Family, ...]) -> tuple[str, ...]:
         except ValueError:
             continue
         if address.version in families:
-            found[str(address)] = None
+            canonical = str(address)
+            found[text if text == canonical else canonical] = None  # the projection's own text costs no memory
     return tuple(found)
