@@ -119,8 +119,12 @@ class Refusals:
     def note(self, owner: SetOwner | RuleOwner, reason: str) -> bool:
         """Remember a refusal; whether it is news."""
         if isinstance(owner, SetOwner):
-            return self.sets.setdefault(owner.key, reason) is reason
-        return self.rules.setdefault(owner, reason) is reason
+            news = owner.key not in self.sets
+            self.sets.setdefault(owner.key, reason)
+        else:
+            news = owner not in self.rules
+            self.rules.setdefault(owner, reason)
+        return news
 
     def applied_to(self, chain: Chain, *, clauses: bool) -> Chain:
         """The chain without what was refused. ``clauses``: its rules only allow, so each may be left out."""
