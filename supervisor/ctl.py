@@ -1,23 +1,33 @@
 """The command ``kube-routerctl``: look at a running agent from the same host (or inside of its container).
 
-Touches the agent's sockets and the kernel's routes, for reading only. Exit codes: 0 healthy, 1 not healthy, 2 the agent
-or the kernel cannot be asked, or the command line is wrong. Each subcommand is a function that `add_…` hangs into the
-parser; later ones join there.
+Touches the agent's sockets and the kernel, for reading only. Exit codes: 0 healthy, 1 not healthy, 2 the agent or the
+kernel cannot be asked, or the command line is wrong; ``plan`` has its own. Each subcommand is a function that `add_…`
+hangs into the parser; later ones join there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from kube_router.supervisor import status
-from kube_router.workers.settings import Settings
+from kube_router.supervisor.conf import IPC_DIR
+from kube_router.workers.settings import SETTINGS_FILE, Settings, load_settings
+
+if TYPE_CHECKING:
+    from kube_router.workers.firewall.preview import Preview
 
 HEALTHY, UNHEALTHY, UNREACHABLE = 0, 1, 2
+NOTHING_TO_DO, NO_PLAN, CHANGES = 0, 1, 2
+"""Of ``plan``."""
 PROGRAM = "kube-routerctl"
 
 
@@ -49,6 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_status(commands)
     add_routes(commands)
+    add_plan(commands)
     return parser
 
 
@@ -105,6 +116,67 @@ def show_routes(options: argparse.Namespace) -> int:
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     sys.stdout.flush()
     return HEALTHY
+
+
+def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """``plan firewall``: what a worker would change in the kernel now."""
+    parser = commands.add_parser(
+        "plan",
+        help="what a worker would change in the kernel now; nothing on a healthy node",
+        description="What a worker would change in this network namespace now, by a plan of its own making from the "
+        "watcher's state and the kernel, both only read; the worker itself is not disturbed. Needs root. Exit status "
+        "0: nothing, 2: there are changes, 1: no plan can be made.",
+    )
+    parser.add_argument("worker", choices=("firewall",), help="the worker")
+    add_output(parser)
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=5.0,
+        metavar="SECONDS",
+        help="wait so long for the watcher (default %(default)g)",
+    )
+    parser.set_defaults(run=show_plan)
+
+
+def show_plan(options: argparse.Namespace) -> int:
+    """Print the plan and return its exit code."""
+    try:
+        found = make_plan(Path(options.run_dir), options.timeout)
+    except NoPlan as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return NO_PLAN
+    if options.output == "json":
+        print(json.dumps({"worker": options.worker, **asdict(found)}, indent=2))
+    else:
+        sys.stdout.writelines(f"{line}\n" for line in found.changes)
+    if found.stale:
+        print(f"{PROGRAM}: the state is not confirmed: nothing is removed for the time being", file=sys.stderr)
+    sys.stdout.flush()
+    return CHANGES if found.changes else NOTHING_TO_DO
+
+
+class NoPlan(Exception):
+    """Why no plan can be made, in one line."""
+
+
+def make_plan(run_dir: Path, seconds: float) -> Preview:
+    """The firewall's plan; raises `NoPlan`."""
+    from kube_router.workers.firewall.preview import PlanError, preview  # the drivers, which `status` need not load
+
+    if os.geteuid() != 0:
+        raise NoPlan("only root may look at what the kernel filters")
+    ipc = run_dir / IPC_DIR
+    try:
+        settings = load_settings(ipc / SETTINGS_FILE)
+    except (OSError, msgspec.DecodeError) as error:
+        raise NoPlan(f"no agent runs with --run-dir={run_dir}: {error}") from None
+    if not settings.run_firewall:
+        raise NoPlan("this agent has no firewall worker: it runs with --run-firewall=false")
+    try:
+        return preview(settings, ipc, seconds)
+    except PlanError as error:
+        raise NoPlan(str(error)) from None
 
 
 def show_status(options: argparse.Namespace) -> int:

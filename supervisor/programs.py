@@ -57,7 +57,8 @@ PROGRAMS: tuple[Program, ...] = (
     ),
     Program("router", ("run_router",), built=True, capabilities=("net_admin", "net_raw"), tools=("iptables",)),
     Program("cni", ("run_router", "enable_cni"), built=True, capabilities=("net_admin",), helpful=("sys_module",)),
-    Program("firewall", ("run_firewall",), built=False),
+    # iptables only for one of its backends, which says so itself when it is missing.
+    Program("firewall", ("run_firewall",), built=True, capabilities=("net_admin", "net_raw")),
     Program("proxy", ("run_service_proxy",), built=False),
     Program("loadbalancer", ("run_loadbalancer",), built=False),
     Program("health", (), built=True, leaves_state=False, user=WORKER_USER),

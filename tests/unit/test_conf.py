@@ -65,7 +65,16 @@ def test_supervisord_reads_what_was_meant(tmp_path: Path) -> None:
     odd = Program("odd", (), True, command=("/bin/echo", "100%", "it's", "a b"))
     options = read_by_supervisord(render(settings, FACTS, [*wanted_programs(settings), odd]), tmp_path)
     groups = {group.name: group.process_configs[0] for group in options.process_group_configs}
-    assert sorted(groups) == ["cni", "gobgpd", "health", "listener", "odd", "router", "watcher"]
+    assert sorted(groups) == [
+        "cni",
+        "firewall",
+        "gobgpd",
+        "health",
+        "listener",
+        "odd",
+        "router",
+        "watcher",
+    ]
     assert shlex.split(groups["odd"].command)[-4:] == ["/bin/echo", "100%", "it's", "a b"]
     for name, process in groups.items():
         assert process.directory == str(run_dir / ("gobgpd" if name == "gobgpd" else "ipc"))
@@ -87,7 +96,7 @@ def test_programs_start_in_the_order_of_the_table_and_gobgpd_stops_after_the_rou
         (run_dir / name).mkdir()
     options = read_by_supervisord(render(Settings(run_dir=str(run_dir)), FACTS), tmp_path)
     names = [group.name for group in sorted(options.process_group_configs)]
-    assert names == ["listener", "watcher", "gobgpd", "router", "cni", "health"]
+    assert names == ["listener", "watcher", "gobgpd", "router", "cni", "firewall", "health"]
 
 
 @pytest.mark.parametrize("run_dir", ["/run/a ;b", "/run/a #b", "/run/a\nb", "/run/a\r"])
@@ -99,9 +108,10 @@ def test_a_path_that_the_file_cannot_hold_is_refused(run_dir: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "wanted", "unbuilt"),
     [
-        ({}, ["watcher", "gobgpd", "router", "cni", "health"], ["firewall", "proxy"]),
-        ({"enable_cni": False}, ["watcher", "gobgpd", "router", "health"], ["firewall", "proxy"]),
-        ({"run_router": False, "enable_cni": True}, ["watcher", "health"], ["firewall", "proxy"]),
+        ({}, ["watcher", "gobgpd", "router", "cni", "firewall", "health"], ["proxy"]),
+        ({"enable_cni": False}, ["watcher", "gobgpd", "router", "firewall", "health"], ["proxy"]),
+        ({"run_router": False, "enable_cni": True}, ["watcher", "firewall", "health"], ["proxy"]),
+        ({"run_router": False, "run_firewall": False}, ["watcher", "health"], ["proxy"]),
         ({"run_firewall": False, "run_service_proxy": False}, ["watcher", "gobgpd", "router", "cni", "health"], []),
     ],
 )
@@ -121,6 +131,7 @@ def test_privileges_are_the_least_that_the_agent_can_give() -> None:
     assert "--inh-caps=-all" in router
     assert not any(option.startswith("--reuid") for option in router)
     assert "--groups=65532" in router
+    assert "--bounding-set=-all,+net_admin,+net_raw" in privileges(program("firewall"), FACTS)
     health = privileges(program("health"), FACTS)
     assert {"--bounding-set=-all", "--reuid=65532", "--regid=65532", "--clear-groups", "--no-new-privs"} <= set(health)
     speaker = privileges(program("gobgpd"), FACTS)

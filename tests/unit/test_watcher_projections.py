@@ -374,7 +374,8 @@ def test_every_worker_is_in_the_table_and_every_kind_has_a_reader() -> None:
 @pytest.mark.parametrize(
     ("settings", "kinds"),
     [
-        (Settings(unbuilt_workers=("firewall", "proxy")), ("nodes",)),
+        (Settings(run_firewall=False, unbuilt_workers=("proxy",)), ("nodes",)),
+        (Settings(unbuilt_workers=("proxy",)), ("nodes", "pods", "services", "networkpolicies", "namespaces")),
         (Settings(), KINDS),
         (
             Settings(run_router=False, run_service_proxy=False),
