@@ -3,14 +3,15 @@
 Touches the kernel, through the drivers only. The order of a sync keeps traffic as it was or closed after each step:
 
 1. sets are made and filled: no rule names them yet, or they gain members that their policies ask for;
-2. chains, jumps and removals of chains: one transaction a family;
-3. the addresses of local pods, which are what leads packets into the chains (with default-deny: what lets them live);
-4. members go, then sets that no rule names any more.
+2. the set of local pods, which leads packets into the chains (with default-deny, lets them live): gone ones go;
+3. chains, jumps and removals of chains: one transaction a family;
+4. the set of local pods: new ones come;
+5. members go, then sets that no rule names any more.
 
-The additions of step 3 come before step 2 while the tail in the kernel refuses nobody for not being in that set: then
-they open nothing, and when the chains begin to ask for the set (at the first sync, or after Go kube-router) it is full.
+Step 4 comes before step 3 while the tail in the kernel refuses nobody for not being in that set: then new pods open
+nothing, and when the chains begin to ask for the set (at the first sync, or after Go kube-router) it is full.
 
-A change of members alone is steps 1 and 4 for the sets that it concerns; it forks nothing and lists nothing.
+A change of members alone is steps 1 and 5 for the sets that it concerns; it forks nothing and lists nothing.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ class Iptables:
             sync.seconds[f"controller_policy_ipset_v{family.value}_restore_time"] = self._clock() - began
         if sync.observe or sync.new_frame:
             for spec, ports in _node_ports(sync.frame).items():
-                self._sets.fix(spec, ports, observe=sync.observe, hold=True, result=sync.sets)
+                self._sets.fix(spec, ports, observe=sync.observe, add=True, delete=False, result=sync.sets)
 
     def _write_chains(self, sync: _Sync, *, everything: bool) -> None:
         began = self._clock()
@@ -146,7 +147,8 @@ class Iptables:
             wanted, sync.changed, observe=observe, everything=everything, hold=sync.hold, result=sync.chains
         )
         for family in list(plans):
-            if not self._chains.of[family].gated and not self._local_pods(sync, family, hold=True):
+            add = not self._chains.of[family].gated
+            if not self._local_pods(sync, family, observe=sync.observe, add=add):
                 spec = local_pods_spec(family)
                 self._chains.withhold(family, f"no rules without a set: {self._sets.failed_fixed[spec.name]}")
                 del plans[family]
@@ -157,19 +159,19 @@ class Iptables:
         self._settled_at = generation if settled else None
         sync.seconds["controller_policy_chains_sync_time"] = self._clock() - began
 
-    def _local_pods(self, sync: _Sync, family: Family, *, hold: bool) -> bool:
-        """Bring the set of local pods up to date; ``hold``: by additions only."""
+    def _local_pods(self, sync: _Sync, family: Family, *, observe: bool, add: bool) -> bool:
+        """Bring the set of local pods up to date; ``add``: not only by removals. Whether that went well."""
         if not sync.pods:
             return True
         spec, desired = local_pods_spec(family), local_pods(sync.ruleset, family)
-        return self._sets.fix(spec, desired, observe=sync.observe, hold=hold, result=sync.sets)
+        return self._sets.fix(spec, desired, observe=observe, add=add, delete=not sync.hold, result=sync.sets)
 
     def _take_from_sets(self, sync: _Sync) -> None:
         for family in sync.chains.done:
-            self._local_pods(sync, family, hold=sync.hold)
+            self._local_pods(sync, family, observe=False, add=True)
         if sync.observe or sync.new_frame:
             for spec, ports in _node_ports(sync.frame).items():
-                self._sets.fix(spec, ports, observe=False, hold=sync.hold, result=sync.sets)
+                self._sets.fix(spec, ports, observe=False, add=True, delete=not sync.hold, result=sync.sets)
         self._sets.remove(sync.changed, hold=sync.hold, result=sync.sets)
         if not sync.hold:
             self._sets.destroy(observe=sync.observe, result=sync.sets)

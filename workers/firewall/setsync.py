@@ -217,8 +217,13 @@ class SetSync:
 
     # -------------------------------------------------------------------------------------------- fixed sets
 
-    def fix(self, spec: SetSpec, desired: frozenset[str], *, observe: bool, hold: bool, result: SetResult) -> bool:
-        """Bring a small set that is always there to ``desired``, at once; whether that went well."""
+    def fix(
+        self, spec: SetSpec, desired: frozenset[str], *, observe: bool, add: bool, delete: bool, result: SetResult
+    ) -> bool:
+        """Bring a small set that is always there to ``desired``, or as near as it may; whether that went well.
+
+        ``add``, ``delete``: what may be done to its members.
+        """
         try:
             before = self._fixed.get(spec)
             if before == desired and not observe:
@@ -226,7 +231,9 @@ class SetSync:
             actual = self._driver.observe(spec) if observe or before is None else spec.members(before)
             if before is not None and actual != spec.members(before):
                 result.repaired.append(f"ipset {spec.name} was gone, or had other members than it was given")
-            plan = plan_set(spec, actual, spec.members(desired), hold=hold)
+            present = frozenset(actual.texts() if actual is not None else ())
+            target = (present & desired) | (desired if add else frozenset()) | (frozenset() if delete else present)
+            plan = plan_set(spec, actual, spec.members(target))
             self._fixed.pop(spec, None)
             result.writes += self._add(plan, plan.result) + len(plan.delete)
             self._driver.change(spec, spec.members(), plan.delete)
@@ -235,8 +242,8 @@ class SetSync:
             self.failed_fixed[spec.name] = str(error)
             return False
         self.failed_fixed.pop(spec.name, None)
-        self._fixed[spec] = frozenset(plan.result.texts())
-        self._counts[spec] = len(plan.result)
+        self._fixed[spec] = target
+        self._counts[spec] = len(target)
         return True
 
     # ----------------------------------------------------------------------------------------------- removing
