@@ -9,6 +9,7 @@ the benchmarks could be run.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -45,7 +46,7 @@ class Result:
 
     def as_json(self) -> dict[str, object]:
         """The documented JSON form."""
-        ratio = round(self.value / self.baseline.value, 4) if self.baseline and self.baseline.value else None
+        ratio = float(f"{self.value / self.baseline.value:.3g}") if self.baseline and self.baseline.value else None
         return {**asdict(self), "value": round(self.value, 4), "met": self.value <= self.goal, "ratio": ratio}
 
 
@@ -61,39 +62,55 @@ def median_of(measure: Callable[[], float], runs: int = 5) -> float:
     return statistics.median(values)
 
 
-def benchmarks() -> dict[str, Benchmark]:
-    """All benchmark groups by the prefix of their ids; imported late, each pays for its own imports."""
+def benchmarks(long: bool) -> dict[tuple[str, ...], Benchmark]:
+    """All benchmarks by what their ids begin with; imported late, each pays for its own imports."""
     import bench_agent
     import bench_fast
+    import bench_firewall
+    import bench_firewall_packet
+    import bench_firewall_worker
     import bench_ipc
     import bench_routes
     import bench_watcher
 
     return {
-        "fast": bench_fast.run,
-        "ipc": bench_ipc.run,
-        "routes": bench_routes.run,
-        "watcher": bench_watcher.run,
-        "agent": bench_agent.run,
+        ("fast",): bench_fast.run,
+        ("ipc",): bench_ipc.run,
+        ("routes",): bench_routes.run,
+        ("watcher",): bench_watcher.run,
+        ("agent",): bench_agent.run,
+        ("firewall.set",): bench_firewall.sets,
+        ("firewall.event",): bench_firewall.events,
+        ("firewall.cold", "firewall.restart", "firewall.idle"): bench_firewall.cold,
+        ("firewall.wire", "firewall.churn", "firewall.memory"): functools.partial(
+            bench_firewall_worker.run, 60.0 if long else 15.0
+        ),
+        ("firewall.packet",): bench_firewall_packet.run,
     }
+
+
+def asked_for(identity: str, only: str) -> bool:
+    """Whether ``only`` (an id, or the beginning of ids up to a dot; empty is all) asks for a figure or its group."""
+    return not only or f"{identity}.".startswith(f"{only}.") or f"{only}.".startswith(f"{identity}.")
 
 
 def main() -> int:
     """Run, print a line each, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/bench.json"))
-    parser.add_argument("--only", default="", help="an id, or the group before its first dot")
+    parser.add_argument("--only", default="", help="an id, or its beginning up to a dot")
+    parser.add_argument("--long", action="store_true", help="churn for 60 s instead of 15")
     arguments = parser.parse_args()
     if os.geteuid() != 0:
         print("bench: needs root (network namespaces)", file=sys.stderr)
         return 1
     results, failed = [], 0
-    for group, run in benchmarks().items():
-        if arguments.only and arguments.only.split(".")[0] != group:
+    for prefixes, run in benchmarks(arguments.long).items():
+        if not any(asked_for(prefix, arguments.only) for prefix in prefixes):
             continue
         try:
             for result in run():
-                if arguments.only in ("", group, result.id):
+                if asked_for(result.id, arguments.only):
                     results.append(result.as_json())
                     print_line(results[-1])
         except Exception:  # noqa: BLE001
