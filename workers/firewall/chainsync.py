@@ -32,6 +32,8 @@ class Chains(Protocol):
 
     def observe(self, family: Family, ours: Callable[[str], bool]) -> FilterTable: ...
 
+    def test(self, plan: ChainPlan) -> IptablesError | None: ...
+
     def apply(self, plans: Iterable[ChainPlan]) -> Mapping[Family, IptablesError]: ...
 
 
@@ -176,8 +178,11 @@ class ChainSync:
         rest = dataclasses.replace(plan, remove=())
         error = self._try(rest)
         if isinstance(error, Refused):
-            base = {chain: rules for chain, rules in plan.write.items() if chain == DEFAULT_CHAIN}
             policies = [chain for chain, rules in plan.write.items() if is_policy_chain(chain) and rules]
+            without = dataclasses.replace(rest, write={**rest.write, **dict.fromkeys(policies, ())})
+            if (other := self._driver.test(without)) is not None:
+                return other
+            base = {chain: rules for chain, rules in plan.write.items() if chain == DEFAULT_CHAIN}
 
             def attempt(some: Sequence[str]) -> IptablesError | None:
                 return self._try(ChainPlan(plan.family, base | {chain: plan.write[chain] for chain in some}))

@@ -25,7 +25,7 @@ from kube_router.workers.firewall.backend import BackendError, Synced
 from kube_router.workers.firewall.chainsync import ChainResult, ChainSync
 from kube_router.workers.firewall.familychains import Wanted
 from kube_router.workers.firewall.iptableswatch import IptablesWatch
-from kube_router.workers.firewall.rules import Changed, Direction, Frame, Ruleset
+from kube_router.workers.firewall.rules import Changed, Direction, Frame, Ruleset, SetKey
 from kube_router.workers.firewall.setsync import SetResult, SetSync, local_pods, local_pods_spec, node_port_specs
 from kube_router.workers.kernel.chains import ChainDriver
 from kube_router.workers.kernel.ipset import SetDriver
@@ -204,10 +204,12 @@ class Iptables:
         """Name the policies that lack a set, and why."""
         if not self._sets.failed:
             return
-        reasons = {key: why for (key, _), why in self._sets.failed.items()}
+        reasons: dict[SetKey, list[str]] = {}
+        for (key, _), why in self._sets.failed.items():
+            reasons.setdefault(key, []).append(why)
         for name, policy in sync.ruleset.policies.items():
             clauses = (clause for direction in Direction for clause in policy.clauses(direction) or ())
-            lacking = {reasons[key] for clause in clauses for key in clause.sets if key in reasons}
+            lacking = {why for clause in clauses for key in clause.sets for why in reasons.get(key, ())}
             for why in sorted(lacking):
                 sync.chains.fail(name, f"the clauses of a set allow nothing: {why}")
 

@@ -155,7 +155,7 @@ class SetSync:
         try:
             desired = _members(spec, ruleset.members[key].get(family, frozenset()))
             actual = self._driver.observe(spec)
-            plan = plan_set(_sized(spec, len(desired)), actual, desired)
+            plan = plan_set(_sized(spec, len(desired)) if actual is None else spec, actual, desired)
             result.repaired += self._surprises(spec, plan, changed, key, family)
             result.writes += self._add(plan, desired)
             if spec.type == "hash:net" and actual == desired and self._driver.count(spec) != len(desired):
@@ -342,9 +342,7 @@ def _moves(
 def _sized(spec: SetSpec, count: int) -> SetSpec:
     """The set with room for so many members; the default as long as that is enough. Raises `SetFull`."""
     if count > MOST_MEMBERS:
-        raise SetFull(
-            f"ipset {spec.name}: it would have {count} members, and none is made for more than {MOST_MEMBERS}"
-        )
+        raise SetFull(f"ipset {spec.name}: {count} members, and no set is made for more than {MOST_MEMBERS}")
     if count <= DEFAULT_MOST:
         return spec
     return dataclasses.replace(spec, max_members=1 << (count - 1).bit_length())

@@ -7,6 +7,7 @@ their counters, also those that somebody adds meanwhile.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from kube_router.workers.rulefacts import ChainPlan, RuleText
 
 TABLE = "filter"
 BUILT_IN = ("INPUT", "FORWARD", "OUTPUT")
+_INCOMPATIBLE = re.compile(rf"^# Table .{TABLE}. (?:is|contains) incompatible", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +31,7 @@ class FilterTable:
 
 
 class ChainDriver:
-    """Reads and writes with the host's programs. ``writes`` counts chains and steps that were written.
-
-    ``on_start`` is told the process id of every program that writes, before it can have written anything.
-    """
+    """Reads and writes with the host's programs. ``writes`` counts chains and steps that were written."""
 
     def __init__(self, programs: Programs | None = None) -> None:
         self.programs = programs or find_programs()
@@ -45,12 +44,18 @@ class ChainDriver:
         if self.programs.backend == "legacy" and TABLE not in legacy_tables(family):
             return FilterTable()  # reading would create it
         output = iptables.run_program([self.programs.name(family, "-save"), "-t", TABLE])
-        if f"# Table `{TABLE}' is incompatible" in output:
-            raise IptablesError(
-                f"{self.programs.name(family)}: table {TABLE} holds rules or chains of nft that it cannot read; it is "
-                "left as it is"
-            )
+        if _INCOMPATIBLE.search(output):
+            words = f"table {TABLE} holds chains or rules of nft that it cannot read; it is left as it is"
+            raise IptablesError(f"{self.programs.name(family)}: {words}")
         return parse_saved(output.splitlines(), ours)
+
+    def test(self, plan: ChainPlan) -> IptablesError | None:
+        """What a program says of a plan without carrying it out; the kernel may still refuse it."""
+        try:
+            iptables.run_program([self.programs.name(plan.family, "-restore"), "--noflush", "--test"], str(plan))
+        except IptablesError as error:
+            return error
+        return None
 
     def apply(self, plans: Iterable[ChainPlan]) -> dict[Family, IptablesError]:
         """Carry out plans of different families, each as a whole or not at all; the error of each that was not.
