@@ -19,19 +19,24 @@ from typing import Any
 
 from lab import network, topology
 from lab.cniruntime import CniRuntime
-from lab.topology import NODES, LabNode
+from lab.topology import NODES, LabNode, LabPod
 
 LAB_ROOT = Path("/run/kube-router-lab")
 CNI_PLUGIN_DIRS = (Path("/usr/lib/cni"), Path("/opt/cni/bin"))
 
 
+SYNCING_WORKERS = ("cni", "router", "firewall")
+
+
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """A pod of the lab: its namespace's short name, its node, its addresses (IPv4, IPv6)."""
+    """A pod of the lab: its network namespace's short name, its node, its addresses (IPv4, IPv6)."""
 
     name: str
     node: str
     addresses: tuple[str, ...]
+    manifest: str
+    """Name of its manifest."""
 
 
 class Lab:
@@ -112,6 +117,25 @@ class Lab:
             return {}
         return reply if isinstance(reply, dict) else {}
 
+    def workers(self, node: str) -> dict[str, dict[str, Any]]:
+        """The workers' part of a node's status, by name."""
+        return workers_of(self.status(node))
+
+    def ready(self, node: str) -> bool:
+        """Whether a node is healthy, its workers have synced what they have to, and all its BGP sessions are up."""
+        status = self.status(node)
+        workers = workers_of(status)
+        built = [name for name in SYNCING_WORKERS if name not in status.get("unbuilt_workers", ())]
+        synced = all(name in workers and workers[name].get("last_sync_age") is not None for name in built)
+        sessions = status.get("sessions", [])
+        established = bool(sessions) and all(session["state"] == "established" for session in sessions)
+        return bool(status.get("healthy")) and synced and established
+
+    def restarted(self, node: str, worker: str, before: int) -> bool:
+        """Whether a worker runs in another process than ``before`` and the node is ready."""
+        found = self.workers(node).get(worker, {})
+        return found.get("state") == "RUNNING" and found.get("pid") not in (None, 0, before) and self.ready(node)
+
     # -- life --------------------------------------------------------------------------------------------------
 
     def up(self, progress: Callable[[str], None]) -> None:
@@ -137,7 +161,14 @@ class Lab:
         """Put one object into the manifest directory, by rename as an editor or kubelet would."""
         new = self.manifests / f".{name}.yaml.new"
         new.write_text(json.dumps(manifest, indent=2) + "\n")
-        new.rename(self.manifests / f"{name}.yaml")
+        new.rename(self._manifest_file(name))
+
+    def remove_manifest(self, name: str) -> None:
+        """Delete an object; fine if it is not there."""
+        self._manifest_file(name).unlink(missing_ok=True)
+
+    def _manifest_file(self, name: str) -> Path:
+        return self.manifests / f"{name}.yaml"
 
     def start_agent(self, node: LabNode) -> None:
         """Start one node's agent, in its namespace."""
@@ -152,19 +183,41 @@ class Lab:
             )
 
     def add_pod(self, node: str, number: int = 1) -> Pod:
-        """Create a pod's namespace on a node and connect it by the node's CNI configuration."""
-        name = f"{node}-pod{number}"
+        """A pod of the default namespace, named after its node."""
+        return self.run_pod(LabPod("default", f"{node}-pod{number}", node, {"app": "ping"}))
+
+    def run_pod(self, wanted: LabPod) -> Pod:
+        """Connect a pod by its node's CNI configuration, then tell its addresses in its manifest, as kubelet does."""
+        if not self._manifest_file(f"namespace-{wanted.namespace}").exists():
+            self.write_manifest(f"namespace-{wanted.namespace}", topology.namespace_manifest(wanted.namespace))
+        name, node = wanted.short, wanted.node
         self.namespaces.add(name)
         result = CniRuntime(self.namespaces, node, self.conf_file(node), self._plugin_dirs).add(name)
         addresses = sorted((entry["address"].split("/")[0] for entry in result["ips"]), key=lambda text: ":" in text)
-        self.pods[name] = Pod(name, node, tuple(addresses))
+        self.pods[name] = Pod(name, node, tuple(addresses), f"pod-{wanted.namespace}-{wanted.name}")
+        self.tell(wanted)
         return self.pods[name]
 
+    def tell(self, wanted: LabPod) -> None:
+        """Write the manifest of a connected pod; with other labels, say, than before."""
+        pod = self.pods[wanted.short]
+        self.write_manifest(pod.manifest, topology.pod_manifest(wanted, pod.addresses))
+
+    def find_pods(self) -> None:
+        """Know the pods of a standing lab from their manifests, which another process has written."""
+        for path in sorted(self.manifests.glob("pod-*.yaml")):
+            found = json.loads(path.read_text())
+            meta, node = found["metadata"], found["spec"]["nodeName"]
+            name = LabPod(meta["namespace"], meta["name"], node).short
+            self.pods[name] = Pod(name, node, tuple(entry["ip"] for entry in found["status"]["podIPs"]), path.stem)
+
     def delete_pod(self, name: str) -> None:
-        """Take a pod off the network and delete its namespace."""
+        """Stop what runs in a pod, take it off the network, delete its network namespace and its manifest."""
         pod = self.pods.pop(name)
+        self.namespaces.stop_processes([name])
         CniRuntime(self.namespaces, pod.node, self.conf_file(pod.node), self._plugin_dirs).delete(name)
         self.namespaces.delete(name)
+        self.remove_manifest(pod.manifest)
 
     def down(self) -> None:
         """Stop what runs in the lab's namespaces, delete them and the lab's folder."""
@@ -175,6 +228,12 @@ class Lab:
             shutil.rmtree(self.folder)
         if LAB_ROOT.exists() and not any(LAB_ROOT.iterdir()):
             LAB_ROOT.rmdir()
+
+
+def workers_of(status: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The workers' part of a status reply, by name."""
+    workers = status.get("workers", [])
+    return {str(worker["name"]): worker for worker in workers} if isinstance(workers, list) else {}
 
 
 def wait_until(check: Callable[[], bool], seconds: float, interval: float = 0.1) -> bool:

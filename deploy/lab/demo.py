@@ -1,4 +1,4 @@
-"""The demo: build the lab, connect pods, ping everything, kill every worker under traffic, print one table.
+"""The demo: build the lab, ping everything, kill every worker under traffic, try network policy, print one table.
 
 Touches the kernel through `Lab`. Exit status 0 only if every line of the table is as it should be.
 """
@@ -10,51 +10,15 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from lab import network
 from lab.cluster import Lab, wait_until
 from lab.pings import SteadyPing, matrix
+from lab.policydemo import network_policy
+from lab.report import Line, Progress, print_lines
 from lab.topology import EXTERNAL_HOSTS, NODES
 
 KILLED_WORKERS = ("watcher", "cni", "router", "health")
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One line of the closing table."""
-
-    what: str
-    expected: str
-    seen: str
-    ok: bool
-
-
-class Progress:
-    """Steps on the terminal with the seconds since the start."""
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-
-    def __call__(self, text: str) -> None:
-        print(f"[{time.monotonic() - self._began:5.1f}s] {text}", flush=True)
-
-
-def workers_of(status: dict[str, object]) -> dict[str, dict[str, object]]:
-    """The workers' part of a status reply, by name."""
-    workers = status.get("workers", [])
-    return {str(worker["name"]): worker for worker in workers} if isinstance(workers, list) else {}
-
-
-def ready(lab: Lab, node: str) -> bool:
-    """Whether all workers of a node run and have synced, and all its BGP sessions are up."""
-    status = lab.status(node)
-    workers = workers_of(status)
-    synced = all(name in workers and workers[name].get("last_sync_age") is not None for name in ("cni", "router"))
-    sessions = status.get("sessions", [])
-    return (
-        bool(status.get("healthy")) and synced and bool(sessions) and all(s["state"] == "established" for s in sessions)
-    )
 
 
 def run_demo(lab: Lab) -> list[Line]:
@@ -64,7 +28,7 @@ def run_demo(lab: Lab) -> list[Line]:
     lab.up(progress)
     progress("waiting until every agent is in sync and every BGP session is established")
     for node in NODES:
-        good = wait_until(lambda name=node.name: ready(lab, name), 40)  # type: ignore[misc]
+        good = wait_until(lambda name=node.name: lab.ready(name), 40)  # type: ignore[misc]
         sessions = lab.status(node.name).get("sessions", [])
         seen = f"{sum(s['state'] == 'established' for s in sessions)} of {len(sessions)} sessions"
         lines.append(
@@ -80,6 +44,7 @@ def run_demo(lab: Lab) -> list[Line]:
     lines += external_learns(lab, progress)
     lines += connectivity(lab, progress)
     lines += kill_workers(lab, progress)
+    lines += network_policy(lab, progress)
     return lines
 
 
@@ -124,18 +89,12 @@ def kill_workers(lab: Lab, progress: Callable[[str], None]) -> list[Line]:
     lines = []
     time.sleep(0.5)
     for name in KILLED_WORKERS:
-        before = workers_of(lab.status(source.node)).get(name, {}).get("pid")
+        before = int(lab.workers(source.node).get(name, {}).get("pid") or 0)
         progress(f"kill -9 of {source.node}'s {name} under traffic")
-        if isinstance(before, int) and before > 0:
+        if before:
             os.kill(before, signal.SIGKILL)
         began = time.monotonic()
-
-        def back(name: str = name, before: object = before) -> bool:
-            worker = workers_of(lab.status(source.node)).get(name, {})
-            fresh = worker.get("state") == "RUNNING" and worker.get("pid") not in (None, 0, before)
-            return fresh and ready(lab, source.node)
-
-        ok = wait_until(back, 15)
+        ok = wait_until(lambda name=name, before=before: lab.restarted(source.node, name, before), 15)  # type: ignore[misc]
         lines.append(
             Line(
                 f"{name} killed: back and in sync", "yes", f"after {time.monotonic() - began:.1f} s" if ok else "no", ok
@@ -147,20 +106,6 @@ def kill_workers(lab: Lab, progress: Callable[[str], None]) -> list[Line]:
         text = f"{ping.family} packets lost, {ping.source} to {ping.target}"
         lines.append(Line(text, "0", f"{lost} of {sent}", lost == 0 and sent > 100))
     return lines
-
-
-def print_table(lines: list[Line]) -> None:
-    """The closing table on stdout."""
-    rows = [
-        ("what", "expected", "seen", ""),
-        *((line.what, line.expected, line.seen, "ok" if line.ok else "NOT OK") for line in lines),
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    print()
-    for number, row in enumerate(rows):
-        print("  ".join([*(text.ljust(width) for text, width in zip(row[:3], widths, strict=True)), row[3]]).rstrip())
-        if number == 0:
-            print("  ".join("-" * width for width in widths))
 
 
 def main() -> int:
@@ -181,7 +126,7 @@ def main() -> int:
             show_logs(lab)
         lab.down()
     if lines:
-        print_table(lines)
+        print_lines(lines)
     if trouble:
         print(f"demo: {trouble}", file=sys.stderr)
     bad_lines = sum(not line.ok for line in lines)

@@ -65,17 +65,24 @@ class Namespaces:
         names = [line.split()[0] for line in run(["ip", "netns", "list"]).splitlines() if line.strip()]
         return [name for name in names if name.startswith(self.prefix)]
 
+    def stop_processes(self, names: Iterable[str]) -> None:
+        """Stop every process inside some namespaces, by short name."""
+        _stop([self.full(name) for name in names])
+
     def remove_all(self) -> None:
         """Stop every process inside this lab's namespaces and delete them."""
         names = self.existing()
-        for signum, patience in ((signal.SIGTERM, 8.0), (signal.SIGKILL, 3.0)):
-            deadline = time.monotonic() + patience
-            pids = _processes(names)
-            _signal(pids, signum)
-            while _processes(names) and time.monotonic() < deadline:
-                time.sleep(0.1)
+        _stop(names)
         for name in names:
             run(["ip", "netns", "delete", name])
+
+
+def _stop(names: Sequence[str]) -> None:
+    for signum, patience in ((signal.SIGTERM, 8.0), (signal.SIGKILL, 3.0)):
+        deadline = time.monotonic() + patience
+        _signal(_processes(names), signum)
+        while _processes(names) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 def _processes(names: Iterable[str]) -> set[int]:

@@ -1,4 +1,4 @@
-"""The lab's plan: nodes, segments, routers, addresses, and the texts made from it (manifests, agent flags, BIRD).
+"""The lab's plan: nodes, segments, routers, addresses, pods, and the texts made from it (manifests, agent flags, BIRD).
 
 Pure: data and rendering; ``network.py`` builds it.
 
@@ -19,7 +19,8 @@ The three ways to configure an external peer are all in use: node1 by flags, nod
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from pathlib import Path
 
@@ -48,6 +49,27 @@ class LabNode:
     segment: Segment
     addresses: tuple[Interface, Interface]
     pod_cidrs: tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class LabPod:
+    """A pod as it is asked for: its object's namespace and name, its node, its labels, its named TCP ports."""
+
+    namespace: str
+    name: str
+    node: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+    ports: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """``namespace/name``."""
+        return f"{self.namespace}/{self.name}"
+
+    @property
+    def short(self) -> str:
+        """Its name in the lab: of its network namespace and in `Lab.pods`."""
+        return self.name if self.namespace == "default" else f"{self.namespace}-{self.name}"
 
 
 def _pair(v4: str, v6: str) -> tuple[Interface, Interface]:
@@ -97,11 +119,34 @@ def node_manifest(node: LabNode) -> dict[str, object]:
     }
 
 
+def namespace_manifest(name: str) -> dict[str, object]:
+    """A Namespace object, with the label that an API server gives to each."""
+    labels = {"kubernetes.io/metadata.name": name}
+    return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
+
+
+def pod_manifest(pod: LabPod, addresses: Sequence[str]) -> dict[str, object]:
+    """The Pod object as it stands when kubelet has told the pod's addresses; the first one is the primary one."""
+    ports = [{"name": name, "containerPort": number} for name, number in pod.ports.items()]
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"namespace": pod.namespace, "name": pod.name, "labels": dict(pod.labels)},
+        "spec": {"nodeName": pod.node, "containers": [{"name": "main", "ports": ports}]},
+        "status": {
+            "phase": "Running",
+            "podIP": addresses[0],
+            "podIPs": [{"ip": address} for address in addresses],
+            "hostIP": next(str(node.addresses[0].ip) for node in NODES if node.name == pod.node),
+        },
+    }
+
+
 def agent_flags(node: LabNode) -> list[str]:
     """What the DaemonSet's ``args`` would be for this slice of the agent; only node1's external peers differ."""
     flags = [
         "--run-router=true",
-        "--run-firewall=false",
+        "--run-firewall=true",
         "--run-service-proxy=false",
         "--enable-cni=true",
         "--enable-ipv6=true",

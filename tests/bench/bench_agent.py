@@ -42,7 +42,7 @@ def run() -> Iterator[Result]:
     try:
         lab.up(lambda text: None)
         for node in NODES:
-            if not wait_until(lambda name=node.name: demo.ready(lab, name), 60):  # type: ignore[misc]
+            if not wait_until(lambda name=node.name: lab.ready(name), 60):  # type: ignore[misc]
                 raise RuntimeError(f"{node.name} is not in sync:\n{lab.log_file(node.name).read_text()[-3000:]}")
         yield from memory(lab)
         yield from killed(lab)
@@ -72,13 +72,13 @@ def killed(lab: Lab) -> Iterator[Result]:
         worst = 0.0
         for _ in range(3):
             time.sleep(1.5)
-            pid = demo.workers_of(lab.status("node1"))[name]["pid"]
+            pid = lab.workers("node1")[name]["pid"]
             began = time.monotonic()
             os.kill(int(str(pid)), signal.SIGKILL)
 
             def back(name: str = name, pid: object = pid) -> bool:
-                worker = demo.workers_of(lab.status("node1")).get(name, {})
-                return worker.get("pid") not in (None, 0, pid) and demo.ready(lab, "node1")
+                worker = lab.workers("node1").get(name, {})
+                return worker.get("pid") not in (None, 0, pid) and lab.ready("node1")
 
             if not wait_until(back, 20, 0.02):
                 raise RuntimeError(f"{name} did not come back")
@@ -101,7 +101,7 @@ def started(lab: Lab) -> Iterator[Result]:
         lab.start_agent(node)
 
         def synced() -> bool:
-            workers = demo.workers_of(lab.status(node.name))
+            workers = lab.workers(node.name)
             return all(workers.get(name, {}).get("last_sync_age") is not None for name in ("cni", "router"))
 
         if not wait_until(synced, 30, 0.02):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import demo, network
+from lab import network
 from lab.cluster import Lab, wait_until
 from lab.topology import NODES, node_manifest
 from support.labstate import dataplane, log_since
@@ -31,9 +31,7 @@ def lab() -> Iterator[Lab]:
     try:
         made.up(lambda text: None)
         for node in NODES:
-            assert wait_until(lambda name=node.name: demo.ready(made, name), 60), made.log_file(node.name).read_text()[
-                -3000:
-            ]
+            assert wait_until(lambda name=node.name: made.ready(name), 60), made.log_file(node.name).read_text()[-3000:]
         yield made
     finally:
         made.down()
@@ -92,7 +90,7 @@ def test_a_bad_node_object_is_told_in_one_line_and_spoils_nothing(lab: Lab, name
         assert "Traceback" not in "\n".join(log_since(lab, "node2", mark))
     finally:
         lab.write_manifest("node2", node_manifest(NODE2))
-    assert wait_until(lambda: all(demo.ready(lab, node.name) for node in NODES), 40)
+    assert wait_until(lambda: all(lab.ready(node.name) for node in NODES), 40)
     assert wait_until(lambda: {name: dataplane(lab, name) for name in before} == before, 20)
 
 
@@ -226,7 +224,7 @@ def test_a_port_in_use_is_named(lab: Lab) -> None:
 def test_a_second_agent_on_the_same_run_directory_is_refused(lab: Lab) -> None:
     status, text = ends(start(lab, f"--run-dir={lab.run_dir('node3')}"))
     assert status == 1 and str(lab.run_dir("node3")) in text, text
-    assert demo.ready(lab, "node3")
+    assert lab.ready("node3")
 
 
 def test_a_cni_folder_that_cannot_be_written_is_told_and_the_file_stays(lab: Lab) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from lab import demo, network
+from lab import network
 from lab.cluster import Lab, wait_until
+from lab.connections import SteadyConnections, post, verdicts, verdicts_of, wrong
 from lab.pings import SteadyPing, matrix
+from lab.shop import GUARDED, STAGES, UNWANTED, WANTED, WEB3
 from lab.topology import EXTERNAL_HOSTS, NODES, node_manifest
 from support.labstate import dataplane, output, pod_routes, rules
 
@@ -23,12 +26,7 @@ NOBODYS = re.compile(r" lladdr |^# new generation|^\d+: veth|^\s+link/ether")
 
 
 def pid_of(lab: Lab, node: str, worker: str) -> int:
-    return int(demo.workers_of(lab.status(node))[worker]["pid"])  # type: ignore[call-overload]
-
-
-def restarted(lab: Lab, node: str, worker: str, before: int) -> bool:
-    found = demo.workers_of(lab.status(node)).get(worker, {})
-    return found.get("state") == "RUNNING" and found.get("pid") not in (None, 0, before) and demo.ready(lab, node)
+    return int(lab.workers(node)[worker]["pid"])
 
 
 @contextmanager
@@ -50,6 +48,45 @@ def kernel_writes(lab: Lab, node: str) -> Iterator[list[str]]:
             watcher.terminate()
             text, _ = watcher.communicate(timeout=10)
             seen += [line for line in text.splitlines() if line.strip() and not NOBODYS.search(line)]
+
+
+@contextmanager
+def nothing_lost_nor_let_through(lab: Lab) -> Iterator[None]:
+    """Attempts to be answered and attempts to be refused, at 50 Hz each, around what happens inside."""
+    wanted = {question: SteadyConnections(lab, question) for question in WANTED}
+    unwanted = {question: SteadyConnections(lab, question) for question in UNWANTED}
+    time.sleep(0.5)
+    try:
+        yield
+        time.sleep(0.5)
+    finally:
+        ended = {question: stream.stop() for question, stream in (wanted | unwanted).items()}
+    for question, attempts in ended.items():
+        bad = attempts.lost if question in wanted else attempts.opened
+        assert bad == 0 and attempts.made > 50, f"{question.text}: {dict(attempts.how)}"
+
+
+def guard(lab: Lab) -> None:
+    """Post the policies that let some in and keep others out, and see that they do."""
+    post(lab, GUARDED)
+    assert wrong(verdicts_of(lab, GUARDED), GUARDED) == []
+
+
+def harmless_policy(number: int) -> dict[str, object]:
+    """A policy for all pods of the shop that gives another block each time, and changes no verdict of the shop's."""
+    block = {"ipBlock": {"cidr": f"192.0.2.{number}/32"}}
+    spec = {
+        "podSelector": {},
+        "policyTypes": ["Ingress", "Egress"],
+        "ingress": [{"from": [block]}],
+        "egress": [{"to": [block]}],
+    }
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"namespace": "shop", "name": "harmless"},
+        "spec": spec,
+    }
 
 
 def test_every_pod_reaches_every_pod_and_the_external_host(lab: Lab) -> None:
@@ -91,7 +128,7 @@ def test_pods_leave_the_cluster_with_the_nodes_address(lab: Lab) -> None:
     assert "fd10:1::11 > 2001:db8:100::1" in text, text
 
 
-@pytest.mark.parametrize("worker", ["watcher", "cni", "router", "health"])
+@pytest.mark.parametrize("worker", ["watcher", "cni", "router", "firewall", "health"])
 def test_killing_a_worker_loses_no_packet_and_changes_nothing(lab: Lab, worker: str) -> None:
     before = dataplane(lab, "node1")
     pid = pid_of(lab, "node1", worker)
@@ -104,7 +141,7 @@ def test_killing_a_worker_loses_no_packet_and_changes_nothing(lab: Lab, worker: 
     with kernel_writes(lab, "node1") as writes:
         time.sleep(0.3)
         os.kill(pid, signal.SIGKILL)
-        assert wait_until(lambda: restarted(lab, "node1", worker, pid), 20), lab.status("node1")
+        assert wait_until(lambda: lab.restarted("node1", worker, pid), 20), lab.status("node1")
     for ping in pings:
         sent, lost = ping.stop()
         assert lost == 0 and sent > 50, f"{ping.family} to {ping.target}: lost {lost} of {sent}"
@@ -112,14 +149,14 @@ def test_killing_a_worker_loses_no_packet_and_changes_nothing(lab: Lab, worker: 
     assert writes == []
 
 
-@pytest.mark.parametrize("worker", ["cni", "router"])
+@pytest.mark.parametrize("worker", ["cni", "router", "firewall"])
 def test_restarting_a_worker_by_supervisorctl_writes_nothing(lab: Lab, worker: str) -> None:
     pid = pid_of(lab, "node1", worker)
     with kernel_writes(lab, "node1") as writes:
         output(lab, "node1", "supervisorctl", "restart", worker)
-        assert wait_until(lambda: restarted(lab, "node1", worker, pid), 20)
+        assert wait_until(lambda: lab.restarted("node1", worker, pid), 20)
     assert writes == []
-    workers = demo.workers_of(lab.status("node1"))
+    workers = lab.workers("node1")
     assert workers[worker]["writes"] == 0, workers[worker]
 
 
@@ -128,7 +165,7 @@ def test_killing_gobgpd_keeps_the_nodes_own_routes_and_heals(lab: Lab) -> None:
     before = pod_routes(lab, "node1")
     with kernel_writes(lab, "node1") as writes:
         os.kill(pid, signal.SIGKILL)
-        assert wait_until(lambda: restarted(lab, "node1", "gobgpd", pid), 40), lab.status("node1")
+        assert wait_until(lambda: lab.restarted("node1", "gobgpd", pid), 40), lab.status("node1")
     assert not [line for line in writes if line.startswith("Deleted")], writes
     assert pod_routes(lab, "node1") == before
     assert wait_until(lambda: any(r.startswith("10.244.1.0/24 via") for r in pod_routes(lab, "node2")), 20)
@@ -165,7 +202,7 @@ def test_what_someone_removes_is_there_again(lab: Lab, foreign: list[str]) -> No
 
 
 def test_a_changed_pod_cidr_is_followed_everywhere_without_a_restart(lab: Lab) -> None:
-    pids = {name: worker["pid"] for name, worker in demo.workers_of(lab.status("node2")).items()}
+    pids = {name: worker["pid"] for name, worker in lab.workers("node2").items()}
     manifest = node_manifest(NODES[1])
     changed = json.loads(json.dumps(manifest))
     changed["spec"]["podCIDRs"] = ["10.244.22.0/24", "fd00:244:22::/64"]
@@ -194,7 +231,7 @@ def test_a_changed_pod_cidr_is_followed_everywhere_without_a_restart(lab: Lab) -
     assert wait_until(lambda: any(r.startswith("10.244.2.0/24 via") for r in pod_routes(lab, "node1")), 15)
     assert wait_until(lambda: "10.244.2.0/24" in lab.conf_file("node2").read_text(), 15)
     lab.add_pod("node2")
-    assert {name: worker["pid"] for name, worker in demo.workers_of(lab.status("node2")).items()} == pids
+    assert {name: worker["pid"] for name, worker in lab.workers("node2").items()} == pids
 
 
 def test_a_node_that_goes_takes_its_routes_and_session_with_it(lab: Lab) -> None:
@@ -208,8 +245,96 @@ def test_a_node_that_goes_takes_its_routes_and_session_with_it(lab: Lab) -> None
         assert "10.10.1.12" not in {session["address"] for session in sessions}
     finally:
         lab.write_manifest("node2", manifest)
-    assert wait_until(lambda: all(demo.ready(lab, node.name) for node in NODES), 40)
+    assert wait_until(lambda: all(lab.ready(node.name) for node in NODES), 40)
     assert wait_until(lambda: any(r.startswith("10.244.2.0/24 via") for r in pod_routes(lab, "node1")), 20)
+
+
+def test_policies_decide_alike_in_both_families_and_on_every_node(shop_lab: Lab) -> None:
+    for stage in STAGES:
+        post(shop_lab, stage)
+        assert wrong(verdicts_of(shop_lab, stage), stage) == [], stage.title
+        assert wrong(verdicts(shop_lab), stage) == [], f"{stage.title}, a moment later"
+
+
+def test_a_pods_labels_are_followed(shop_lab: Lab) -> None:
+    guard(shop_lab)
+    allowed = tuple(question for question in GUARDED.allowed if question.source != WEB3.short)
+    without = dataclasses.replace(GUARDED, allowed=allowed)
+    shop_lab.tell(dataclasses.replace(WEB3, labels={"app": "other"}))
+    assert wrong(verdicts_of(shop_lab, without), without) == []
+    shop_lab.tell(WEB3)
+    assert wrong(verdicts_of(shop_lab, GUARDED), GUARDED) == []
+
+
+def test_killing_the_firewall_again_and_again_lets_nothing_through_and_loses_nothing(shop_lab: Lab) -> None:
+    guard(shop_lab)
+    before = dataplane(shop_lab, "node1")
+    with kernel_writes(shop_lab, "node1") as writes, nothing_lost_nor_let_through(shop_lab):
+        for _ in range(3):
+            pid = pid_of(shop_lab, "node1", "firewall")
+            os.kill(pid, signal.SIGKILL)
+            assert wait_until(lambda pid=pid: shop_lab.restarted("node1", "firewall", pid), 20)  # type: ignore[misc]
+            assert shop_lab.workers("node1")["firewall"]["writes"] == 0
+    assert writes == []
+    assert dataplane(shop_lab, "node1") == before
+
+
+def test_killing_the_firewall_while_policies_change_lets_nothing_through_and_loses_nothing(shop_lab: Lab) -> None:
+    guard(shop_lab)
+    with nothing_lost_nor_let_through(shop_lab):
+        for number in range(6):
+            pid = pid_of(shop_lab, "node1", "firewall")
+            shop_lab.write_manifest("policy-harmless", harmless_policy(number))
+            time.sleep(0.04 + number * 0.005)  # somewhere in the middle of its sync
+            os.kill(pid, signal.SIGKILL)
+            assert wait_until(lambda pid=pid: shop_lab.restarted("node1", "firewall", pid), 20)  # type: ignore[misc]
+        shop_lab.remove_manifest("policy-harmless")
+    assert wrong(verdicts(shop_lab), GUARDED) == []
+
+
+def test_policies_stand_while_no_agent_runs(shop_lab: Lab) -> None:
+    guard(shop_lab)
+    before = dataplane(shop_lab, "node1")
+    with kernel_writes(shop_lab, "node1") as writes, nothing_lost_nor_let_through(shop_lab):
+        agent = shop_lab.agents["node1"]
+        agent.send_signal(signal.SIGTERM)
+        agent.wait(timeout=15)
+        assert dataplane(shop_lab, "node1") == before
+        shop_lab.start_agent(NODES[0])
+        assert wait_until(lambda: shop_lab.ready("node1"), 40), shop_lab.log_file("node1").read_text()[-3000:]
+    assert not [line for line in writes if line.startswith("Deleted")], writes
+    assert shop_lab.workers("node1")["firewall"]["writes"] == 0
+    assert dataplane(shop_lab, "node1") == before
+
+
+def flush_forward(lab: Lab) -> None:
+    for tool in ("iptables", "ip6tables"):
+        output(lab, "node1", tool, "-F", "KUBE-ROUTER-FORWARD")
+
+
+def unhook_forward(lab: Lab) -> None:
+    for tool in ("iptables", "ip6tables"):
+        output(lab, "node1", tool, "-D", "FORWARD", "1")
+
+
+def delete_tables(lab: Lab) -> None:
+    output(lab, "node1", "nft", "delete table ip kube-router-filter-ipv4; delete table ip6 kube-router-filter-ipv6")
+
+
+VANDALS: dict[str, list[Callable[[Lab], None]]] = {
+    "iptables": [flush_forward, unhook_forward],
+    "nftables": [delete_tables],
+}
+
+
+def test_what_someone_takes_from_the_firewall_is_there_again_within_a_second(shop_lab: Lab) -> None:
+    guard(shop_lab)
+    before = dataplane(shop_lab, "node1")
+    for vandal in VANDALS["nftables" if before["nftables"] else "iptables"]:
+        vandal(shop_lab)
+        time.sleep(1)
+        assert dataplane(shop_lab, "node1") == before, vandal.__name__
+        assert wrong(verdicts(shop_lab), GUARDED) == []
 
 
 def test_upgrade_by_stop_and_start_leaves_the_dataplane(lab: Lab) -> None:
@@ -222,7 +347,7 @@ def test_upgrade_by_stop_and_start_leaves_the_dataplane(lab: Lab) -> None:
     assert dataplane(lab, "node3") == before
     with kernel_writes(lab, "node3") as writes:
         lab.start_agent(NODES[2])
-        assert wait_until(lambda: demo.ready(lab, "node3"), 40), lab.log_file("node3").read_text()[-3000:]
+        assert wait_until(lambda: lab.ready("node3"), 40), lab.log_file("node3").read_text()[-3000:]
     assert not [line for line in writes if line.startswith("Deleted")], writes
     assert dataplane(lab, "node3") == before
     assert wait_until(lambda: all(cell.ok for cell in matrix(lab)), 20)
@@ -237,13 +362,17 @@ def test_killing_supervisord_leaves_the_dataplane_and_a_new_agent_takes_over(lab
     assert wait_until(lambda: not in_namespace(), 10), "orphans are left in the node"
     assert dataplane(lab, "node3") == before
     lab.start_agent(NODES[2])
-    assert wait_until(lambda: demo.ready(lab, "node3"), 40), lab.log_file("node3").read_text()[-3000:]
+    assert wait_until(lambda: lab.ready("node3"), 40), lab.log_file("node3").read_text()[-3000:]
     assert dataplane(lab, "node3") == before
     assert wait_until(lambda: all(cell.ok for cell in matrix(lab)), 20)
 
 
-def test_cleanup_config_removes_what_the_agent_made_and_nothing_else(lab: Lab) -> None:
+def test_cleanup_config_removes_what_the_agent_made_and_nothing_else(shop_lab: Lab) -> None:
     """Runs last: the agent of node3 does not come back."""
+    lab = shop_lab
+    guard(lab)
+    made = dataplane(lab, "node3")
+    assert "KUBE-NWPLCY" in made["iptables"] + made["nftables"]
     output(lab, "node3", "iptables", "-A", "FORWARD", "-s", "192.0.2.1", "-j", "ACCEPT")
     output(lab, "node3", "ipset", "create", "foreign", "hash:ip")
     output(lab, "node3", "ip", "route", "add", "192.0.2.0/24", "via", "10.10.2.1")
@@ -258,7 +387,8 @@ def test_cleanup_config_removes_what_the_agent_made_and_nothing_else(lab: Lab) -
     )
     assert done.returncode == 0, done.stderr
     assert pod_routes(lab, "node3") == set()
-    assert "kube-router" not in output(lab, "node3", "ipset", "save")
+    assert not re.search("kube-router|KUBE-", output(lab, "node3", "ipset", "save"))
+    assert not re.search("kube-router|KUBE-", output(lab, "node3", "nft", "list", "ruleset"))
     assert "foreign" in output(lab, "node3", "ipset", "save")
     assert rules(output(lab, "node3", "iptables-save")) == "-A FORWARD -s 192.0.2.1/32 -j ACCEPT"
     assert rules(output(lab, "node3", "ip6tables-save")) == ""

@@ -30,9 +30,16 @@ def dataplane(lab: Lab, node: str) -> dict[str, str]:
         "iptables": rules(output(lab, node, "iptables-save")),
         "ip6tables": rules(output(lab, node, "ip6tables-save")),
         "ipset": "\n".join(sorted(line for line in output(lab, node, "ipset", "save").splitlines())),
+        "nftables": "".join(own_table(lab, node, family) for family in (4, 6)),
         "links": output(lab, node, "ip", "-br", "link"),
         "conflist": lab.conf_file(node).read_text(),
     }
+
+
+def own_table(lab: Lab, node: str, family: int) -> str:
+    """The firewall's own nftables table of a family (4 or 6), sorted and without counters; empty if there is none."""
+    words = ("ip", "kube-router-filter-ipv4") if family == 4 else ("ip6", "kube-router-filter-ipv6")
+    return "\n".join(sorted(lab.on(node, ["nft", "-s", "list", "table", *words]).stdout.splitlines()))
 
 
 def rules(text: str) -> str:
