@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -20,6 +21,9 @@ from lab.cluster import Lab, wait_until
 from lab.connections import open_shop, verdict_rows, verdicts
 from lab.report import Progress, print_rows
 from lab.topology import NODES
+
+SETTLE_SECONDS = 0.5
+"""What has just been copied into the manifest directory is to be in force when somebody asks."""
 
 USAGE = "usage: lab.py up | down | demo | on NODE COMMAND [ARGUMENT ...] | ask"
 
@@ -106,6 +110,7 @@ def ask() -> int:
     """Print who is answered by the shop's server now."""
     lab = Lab()
     lab.find_pods()
+    time.sleep(SETTLE_SECONDS)
     if shop.SERVER.short not in lab.pods:
         print("lab: no lab is standing; build one with: make lab-up", file=sys.stderr)
         return 1

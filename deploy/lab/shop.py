@@ -56,7 +56,9 @@ def _labelled(pod: LabPod) -> dict[str, object]:
     return {"podSelector": {"matchLabels": dict(pod.labels)}}
 
 
-_ON_HTTP = {"ports": [{"protocol": "TCP", "port": "http"}]}
+def _on_http() -> dict[str, object]:
+    return {"ports": [{"protocol": "TCP", "port": "http"}]}
+
 
 DENY_ALL = _policy("deny-all", {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]})
 """No pod of the shop may be asked, none may ask."""
@@ -66,11 +68,11 @@ WEB_TO_SERVER: dict[str, object] = {
     "items": [
         _policy(
             "server-answers-web",
-            {**_labelled(SERVER), "policyTypes": ["Ingress"], "ingress": [{"from": [_labelled(WEB1)], **_ON_HTTP}]},
+            {**_labelled(SERVER), "policyTypes": ["Ingress"], "ingress": [{"from": [_labelled(WEB1)], **_on_http()}]},
         ),
         _policy(
             "web-asks-server",
-            {**_labelled(WEB1), "policyTypes": ["Egress"], "egress": [{"to": [_labelled(SERVER)], **_ON_HTTP}]},
+            {**_labelled(WEB1), "policyTypes": ["Egress"], "egress": [{"to": [_labelled(SERVER)], **_on_http()}]},
         ),
     ],
 }

@@ -12,7 +12,6 @@ from lab.connections import close_shop, open_shop
 from lab.topology import NODES
 from support.gotools import tools_dir
 
-
 BACKEND: dict[str, tuple[str, ...]] = {"debian": (), "current": ("--use-nftables-for-netpol",)}
 """Flags that choose the firewall's backend: each runs on one of the two labs."""
 
@@ -21,8 +20,8 @@ BACKEND: dict[str, tuple[str, ...]] = {"debian": (), "current": ("--use-nftables
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     """A lab in which every agent is in sync and one pod runs on each node.
 
-    Once with Debian's gobgpd 3.10 and CNI plugins, and policies in iptables; once with the current gobgpd 4 and plugins,
-    and policies in nftables.
+    Once with Debian's gobgpd 3.10 and CNI plugins, policies in iptables; once with the current gobgpd 4 and plugins,
+    policies in nftables.
     """
     current = request.param == "current"
     made = Lab(
