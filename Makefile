@@ -9,7 +9,7 @@ RUN := PATH="$(CURDIR)/.venv/bin:$$PATH:/usr/local/sbin:/usr/sbin:/sbin" .venv/b
 .PHONY: help demo lab-up lab-down test bench lint clean setup-demo setup-test types-tree
 
 help:
-	@echo "make demo      three nodes in network namespaces: pings over both families, workers killed, one table"
+	@echo "make demo      three nodes in network namespaces: pings, policies, workers killed, one table"
 	@echo "make lab-up    the same three nodes, left standing for you to try; make lab-down removes them"
 	@echo "make test      every test; make test ARGS='-k ipset tests/unit' for some"
 	@echo "make bench     measure into build/bench.json; make bench ONLY=id for one"
