@@ -125,8 +125,7 @@ class Lab:
         """Whether a node is healthy, its workers have synced what they have to, and all its BGP sessions are up."""
         status = self.status(node)
         workers = workers_of(status)
-        built = [name for name in SYNCING_WORKERS if name not in status.get("unbuilt_workers", ())]
-        synced = all(name in workers and workers[name].get("last_sync_age") is not None for name in built)
+        synced = all(workers.get(name, {}).get("last_sync_age") is not None for name in SYNCING_WORKERS)
         sessions = status.get("sessions", [])
         established = bool(sessions) and all(session["state"] == "established" for session in sessions)
         return bool(status.get("healthy")) and synced and established

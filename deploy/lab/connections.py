@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from lab.probe import ANSWERED, LATE, OPENED
 from lab.shop import MANIFESTS, PODS, QUESTIONS, SERVER, Question, Stage
 
 PROBE = [sys.executable, "-I", "-S", str(Path(__file__).with_name("probe.py"))]
+
+SETTLE_SECONDS = 0.3
+"""What has just been written to the manifest directory is to be in force when somebody asks."""
 
 Verdicts = Mapping[Question, Mapping[str, bool]]
 """By question and family: whether the server answered."""
@@ -94,6 +98,7 @@ def verdicts_of(lab: Lab, stage: Stage, seconds: float = 10) -> Verdicts:
         found.append(verdicts(lab))
         return not wrong(found[-1], stage)
 
+    time.sleep(SETTLE_SECONDS)
     wait_until(settled, seconds, 0.05)
     return found[-1]
 

@@ -18,7 +18,7 @@ from lab.policydemo import network_policy
 from lab.report import Line, Progress, print_lines
 from lab.topology import EXTERNAL_HOSTS, NODES
 
-KILLED_WORKERS = ("watcher", "cni", "router", "health")
+KILLED_WORKERS = ("watcher", "cni", "router", "firewall", "health")
 
 
 def run_demo(lab: Lab) -> list[Line]:

@@ -18,12 +18,9 @@ import yaml
 
 from lab import demo, network, shop
 from lab.cluster import Lab, wait_until
-from lab.connections import open_shop, verdict_rows, verdicts
+from lab.connections import SETTLE_SECONDS, open_shop, verdict_rows, verdicts
 from lab.report import Progress, print_rows
 from lab.topology import NODES
-
-SETTLE_SECONDS = 0.5
-"""What has just been copied into the manifest directory is to be in force when somebody asks."""
 
 USAGE = "usage: lab.py up | down | demo | on NODE COMMAND [ARGUMENT ...] | ask"
 

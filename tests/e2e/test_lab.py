@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -17,7 +17,7 @@ from lab import network
 from lab.cluster import Lab, wait_until
 from lab.connections import SteadyConnections, post, verdicts, verdicts_of, wrong
 from lab.pings import SteadyPing, matrix
-from lab.shop import GUARDED, STAGES, UNWANTED, WANTED, WEB3
+from lab.shop import GUARDED, STAGES, UNWANTED, WANTED, WEB1, WEB3, Question
 from lab.topology import EXTERNAL_HOSTS, NODES, node_manifest
 from support.labstate import dataplane, output, pod_routes, rules
 
@@ -51,16 +51,15 @@ def kernel_writes(lab: Lab, node: str) -> Iterator[list[str]]:
 
 
 @contextmanager
-def nothing_lost_nor_let_through(lab: Lab) -> Iterator[None]:
+def nothing_lost_nor_let_through(lab: Lab, wanted: Sequence[Question] = WANTED) -> Iterator[None]:
     """Attempts to be answered and attempts to be refused, at 50 Hz each, around what happens inside."""
-    wanted = {question: SteadyConnections(lab, question) for question in WANTED}
-    unwanted = {question: SteadyConnections(lab, question) for question in UNWANTED}
+    streams = {question: SteadyConnections(lab, question) for question in (*wanted, *UNWANTED)}
     time.sleep(0.5)
     try:
         yield
         time.sleep(0.5)
     finally:
-        ended = {question: stream.stop() for question, stream in (wanted | unwanted).items()}
+        ended = {question: stream.stop() for question, stream in streams.items()}
     for question, attempts in ended.items():
         bad = attempts.lost if question in wanted else attempts.opened
         assert bad == 0 and attempts.made > 50, f"{question.text}: {dict(attempts.how)}"
@@ -293,9 +292,11 @@ def test_killing_the_firewall_while_policies_change_lets_nothing_through_and_los
 
 
 def test_policies_stand_while_no_agent_runs(shop_lab: Lab) -> None:
+    """Of the node's own pods: routes from others go with the BGP sessions of an agent that is stopped."""
     guard(shop_lab)
     before = dataplane(shop_lab, "node1")
-    with kernel_writes(shop_lab, "node1") as writes, nothing_lost_nor_let_through(shop_lab):
+    beside = tuple(question for question in WANTED if question.source == WEB1.short)
+    with kernel_writes(shop_lab, "node1") as writes, nothing_lost_nor_let_through(shop_lab, beside):
         agent = shop_lab.agents["node1"]
         agent.send_signal(signal.SIGTERM)
         agent.wait(timeout=15)
@@ -330,10 +331,14 @@ VANDALS: dict[str, list[Callable[[Lab], None]]] = {
 def test_what_someone_takes_from_the_firewall_is_there_again_within_a_second(shop_lab: Lab) -> None:
     guard(shop_lab)
     before = dataplane(shop_lab, "node1")
-    for vandal in VANDALS["nftables" if before["nftables"] else "iptables"]:
+    nftables = "--use-nftables-for-netpol" in shop_lab.agent_command(NODES[0])
+    assert bool(before["nftables"]) is nftables and ("KUBE-NWPLCY" in before["iptables"]) is not nftables
+    first = [output(shop_lab, "node1", tool, "-S", "FORWARD", "1") for tool in ("iptables", "ip6tables")]
+    for vandal in VANDALS["nftables" if nftables else "iptables"]:
         vandal(shop_lab)
         time.sleep(1)
         assert dataplane(shop_lab, "node1") == before, vandal.__name__
+        assert first == [output(shop_lab, "node1", tool, "-S", "FORWARD", "1") for tool in ("iptables", "ip6tables")]
         assert wrong(verdicts(shop_lab), GUARDED) == []
 
 
