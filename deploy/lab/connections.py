@@ -114,7 +114,7 @@ class Attempts:
 
 
 class SteadyConnections:
-    """Attempts at 50 Hz and family from a source to the server's port, until `stop`."""
+    """Attempts at 50 Hz and family from a source to the server's port, until `stop_all`."""
 
     def __init__(self, lab: Lab, question: Question) -> None:
         self._process = subprocess.Popen(
@@ -125,8 +125,14 @@ class SteadyConnections:
             start_new_session=True,
         )
 
-    def stop(self) -> Attempts:
-        """End the stream and wait for the last attempts."""
+    def end(self) -> None:
+        """Begin no more attempts."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+            self._process.stdin = None
+
+    def result(self) -> Attempts:
+        """Wait for the last attempts of an ended stream."""
         output, _ = self._process.communicate(timeout=15)
         how: dict[str, int] = {}
         for counts in json.loads(output):
@@ -139,6 +145,13 @@ class SteadyConnections:
             opened=sum(how.get(outcome, 0) for outcome in (ANSWERED, LATE, OPENED)),
             how=how,
         )
+
+
+def stop_all(streams: Mapping[Question, SteadyConnections]) -> dict[Question, Attempts]:
+    """End streams together, and what became of each."""
+    for stream in streams.values():
+        stream.end()
+    return {question: stream.result() for question, stream in streams.items()}
 
 
 def verdict_rows(columns: Sequence[tuple[str, Verdicts]]) -> list[tuple[str, ...]]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from lab.cluster import Lab, wait_until
-from lab.connections import SteadyConnections, Verdicts, open_shop, post, verdict_rows, verdicts_of, wrong
+from lab.connections import SteadyConnections, Verdicts, open_shop, post, stop_all, verdict_rows, verdicts_of, wrong
 from lab.report import Line, print_rows
 from lab.shop import GUARDED, QUESTIONS, SERVER, STAGES, UNWANTED, WANTED, Question
 
@@ -54,7 +54,7 @@ def kill_firewall(lab: Lab, progress: Callable[[str], None]) -> list[Line]:
         os.kill(pid, signal.SIGKILL)
     back = bool(pid) and wait_until(lambda: lab.restarted(SERVER.node, "firewall", pid), 15)
     time.sleep(0.5)
-    ended = {question: stream.stop() for question, stream in streams.items()}
+    ended = stop_all(streams)
     wanted, unwanted = ([ended[question] for question in part] for part in (WANTED, UNWANTED))
     lost, tried = sum(item.lost for item in wanted), sum(item.made for item in wanted)
     opened, refused = sum(item.opened for item in unwanted), sum(item.made for item in unwanted)

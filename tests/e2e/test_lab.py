@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import pytest
 from lab import network
 from lab.cluster import Lab, wait_until
-from lab.connections import SteadyConnections, post, verdicts, verdicts_of, wrong
+from lab.connections import SteadyConnections, post, stop_all, verdicts, verdicts_of, wrong
 from lab.pings import SteadyPing, matrix
 from lab.shop import GUARDED, STAGES, UNWANTED, WANTED, WEB1, WEB3, Question
 from lab.topology import EXTERNAL_HOSTS, NODES, node_manifest
@@ -59,7 +59,7 @@ def nothing_lost_nor_let_through(lab: Lab, wanted: Sequence[Question] = WANTED) 
         yield
         time.sleep(0.5)
     finally:
-        ended = {question: stream.stop() for question, stream in streams.items()}
+        ended = stop_all(streams)
     for question, attempts in ended.items():
         bad = attempts.lost if question in wanted else attempts.opened
         assert bad == 0 and attempts.made > 50, f"{question.text}: {dict(attempts.how)}"
