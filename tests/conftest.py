@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,6 +20,10 @@ def drop_root(path: list[str]) -> None:
     """Take the repository root, also written as '' or '.', out of ``path``."""
     path[:] = [entry for entry in path if Path(entry or ".").resolve() != ROOT]
 
+
+# Time is measured by benchmarks alone: an example that a busy machine makes slow is no failure.
+hypothesis.settings.register_profile("no-deadline", deadline=None)
+hypothesis.settings.load_profile("no-deadline")
 
 drop_root(sys.path)
 os.environ["PYTHONSAFEPATH"] = "1"  # for the children of tests: the same rule

@@ -46,7 +46,7 @@ MESSAGES: list[type[Message]] = [
     StatusRequest,
     StatusReply,
 ]
-SLOW_STRATEGIES = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None)
+SLOW_STRATEGIES = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
 def test_every_message_class_is_tested() -> None:

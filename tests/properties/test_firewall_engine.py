@@ -260,7 +260,7 @@ def difference(old: Ruleset, new: Ruleset) -> Changed:
     return changed
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(beginnings, events)
 def test_any_way_leads_to_the_same_end(beginning: Any, way: list[tuple[str, Any]]) -> None:
     world, engine, seen = World.begun(beginning), Engine(NODE, BOTH), Ruleset()
@@ -292,7 +292,6 @@ def test_any_way_leads_to_the_same_end(beginning: Any, way: list[tuple[str, Any]
     assert not engine.take_changed()
 
 
-@settings(deadline=None)
 @given(beginnings, events)
 def test_nothing_is_left_of_a_world_that_is_gone(beginning: Any, way: list[tuple[str, Any]]) -> None:
     world, engine = World.begun(beginning), Engine(NODE, BOTH)
@@ -317,7 +316,6 @@ def left_in(engine: Engine) -> dict[str, Any]:
     return {name: value for name, value in tables.items() if isinstance(value, dict | set) and value}
 
 
-@settings(deadline=None)
 @given(beginnings, st.sampled_from(BOTH))
 def test_a_family_alone_is_half_of_both(beginning: Any, family: Family) -> None:
     """Law 7: both families come from one code path, and neither looks at the other."""

@@ -130,13 +130,13 @@ def agree(pods: list[Pod], objects: list[NetworkPolicy], known: bool) -> None:
 
 
 @given(pods=pod_lists(), objects=st.lists(policies, min_size=1, max_size=3), known=st.sampled_from([True, True, False]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_clauses_say_what_the_judge_says(pods: list[Pod], objects: list[NetworkPolicy], known: bool) -> None:
     agree(pods, objects, known)
 
 
 @given(pods=pod_lists(least_ports=1), objects=st.lists(named_policies, min_size=1, max_size=1))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_named_ports_are_what_the_judge_finds(pods: list[Pod], objects: list[NetworkPolicy]) -> None:
     agree(pods, objects, known=True)
 

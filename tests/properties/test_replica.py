@@ -284,5 +284,5 @@ class LossyReplica(RuleBasedStateMachine):
         self.settle()
 
 
-LossyReplica.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+LossyReplica.TestCase.settings = settings(max_examples=200, stateful_step_count=50)
 TestLossyReplica = LossyReplica.TestCase

@@ -168,5 +168,5 @@ class TrackerAgainstDefinition(RuleBasedStateMachine):
         assert self.tracker.actual == self.actual
 
 
-TrackerAgainstDefinition.TestCase.settings = settings(max_examples=100, deadline=None)
+TrackerAgainstDefinition.TestCase.settings = settings(max_examples=100)
 TestTrackerAgainstDefinition = TrackerAgainstDefinition.TestCase
