@@ -454,6 +454,15 @@ def test_of_two_that_stay_the_first_by_key_has_the_address() -> None:
     assert world.put(replace(WEB1, name="web-0", labels={}, deletion_seconds=1)).added == {WEB_SET: both(2)}
 
 
+def test_an_address_that_passes_on_within_a_set_stays_a_new_member() -> None:
+    world = World(DB, ALLOW)
+    take = world.engine.take_changed
+    world.engine.take_changed = Changed  # type: ignore[method-assign]
+    world.put(WEB1)
+    world.put(replace(WEB1, name="web-0"))
+    assert take() == Changed(added={WEB_SET: both(2)})
+
+
 def test_a_local_pod_without_an_address_of_its_own_is_not_enforced() -> None:
     world = World(replace(DB, deletion_seconds=30), WEB1, ALLOW)
     heir = pod("heir-1", 1)
