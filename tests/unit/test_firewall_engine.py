@@ -399,8 +399,6 @@ def test_the_first_update_looks_everywhere_and_says_so() -> None:
     assert changed.everything and not changed.only_members
     assert changed.new_sets == {WEB_SET} and not changed.added
     assert not engine.take_changed()
-    engine.forget()
-    assert engine.take_changed() == Changed(everything=True)
 
 
 def test_comparing_finds_what_no_change_told_of() -> None:

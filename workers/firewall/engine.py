@@ -95,10 +95,6 @@ class Engine:
         self._everything, self._policies_before, self._pods_before = False, {}, {}
         return changed
 
-    def forget(self) -> None:
-        """Nobody knows what became of the changes that were taken: the next ones say ``everything``."""
-        self._everything = True
-
     def _compare(self, cluster: Cluster) -> None:
         known: dict[Kind, Iterable[Key]] = {
             "namespaces": self._namespaces,
