@@ -67,6 +67,7 @@ def benchmarks(long: bool) -> dict[tuple[str, ...], Benchmark]:
     import bench_agent
     import bench_fast
     import bench_firewall
+    import bench_firewall_engine
     import bench_firewall_packet
     import bench_firewall_worker
     import bench_ipc
@@ -85,6 +86,7 @@ def benchmarks(long: bool) -> dict[tuple[str, ...], Benchmark]:
         ("firewall.wire", "firewall.churn", "firewall.memory"): functools.partial(
             bench_firewall_worker.run, 60.0 if long else 15.0
         ),
+        ("firewall.engine",): bench_firewall_engine.run,
         ("firewall.packet",): bench_firewall_packet.run,
     }
 
