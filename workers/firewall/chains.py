@@ -19,7 +19,7 @@ KUBE-NWPLCY-TAIL          accepts what PASSED; with default-deny refuses unknown
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 
 from kube_router.ipc.messages import Key
 from kube_router.workers.firewall.dispatch import dispatch_chains, prefix_text
@@ -149,18 +149,27 @@ def policy_chains(
             yield policy_chain(policy.key, direction), rules
 
 
-def dispatched(pods: Iterable[LocalPod], family: Family) -> dict[str, Rules]:
-    """The chains that lead to the pods' chains, of both directions."""
-    found: dict[str, Rules] = {}
-    isolated: dict[Direction, dict[str, str]] = {direction: {} for direction in Direction}
+Isolated = Mapping[Direction, Mapping[str, str]]
+"""By direction, the pod chain of each address whose pod is isolated in it."""
+
+
+def isolated(pods: Iterable[LocalPod], family: Family) -> Isolated:
+    """Who is isolated."""
+    found: dict[Direction, dict[str, str]] = {direction: {} for direction in Direction}
     for pod in pods:
-        for direction in Direction:
+        for direction, by_address in found.items():
             if pod.policies(direction) is not None:
                 chain = pod_chain(pod.facts.key, direction)
-                isolated[direction].update(dict.fromkeys(pod.addresses_of(family), chain))
-    for direction, by_address in isolated.items():
-        found |= dispatch_chains(family, direction, by_address)
+                by_address.update((address, chain) for address in pod.addresses_of(family))
     return found
+
+
+def dispatched(found: Isolated, family: Family) -> dict[str, Rules]:
+    """The chains that lead to the pods' chains, of both directions."""
+    chains: dict[str, Rules] = {}
+    for direction, by_address in found.items():
+        chains |= dispatch_chains(family, direction, by_address)
+    return chains
 
 
 def render(
@@ -174,7 +183,7 @@ def render(
 ) -> dict[str, Rules]:
     """All chains of a family, by name. ``without_fixed``: sets of node ports that could not be made."""
     chains = frame_chains(frame, family, without_fixed)
-    chains |= dispatched(ruleset.pods.values(), family)
+    chains |= dispatched(isolated(ruleset.pods.values(), family), family)
     for pod in ruleset.pods.values():
         chains |= pod_chains(pod, family, ruleset.policies)
     for policy in ruleset.policies.values():

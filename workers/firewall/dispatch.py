@@ -8,6 +8,7 @@ changes the few chains on its way.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from collections.abc import Iterator, Mapping
 
@@ -35,7 +36,7 @@ def dispatch_chains(
 
     The root is there without pods too, so that what leads to it never changes.
     """
-    entries = sorted((int(ipaddress.ip_address(address)), chain) for address, chain in pod_chains.items())
+    entries = sorted((_value(address), chain) for address, chain in pod_chains.items())
     return dict(_tree(family, direction, dispatch_chain(direction), entries, 0))
 
 
@@ -61,6 +62,11 @@ def _tree(
         yield from _tree(family, direction, child, group, depth + 1)
 
 
+@functools.lru_cache(4096)
+def _value(address: str) -> int:
+    return int(ipaddress.ip_address(address))
+
+
 def _groups(entries: Entries, host_bits: int) -> Iterator[tuple[int, Entries]]:
     """(prefix, its entries) of each prefix that has some."""
     group: Entries = []
@@ -76,6 +82,7 @@ def _rule(family: Family, option: str, value: int, length: int, chain: str) -> R
     return RuleText(f"{option} {prefix_text(family, value, length)}/{length} -g {chain}")
 
 
+@functools.lru_cache(4096)
 def prefix_text(family: Family, value: int, length: int) -> str:
     """The address of a prefix as the kernel tools print it, not always as Python does (``::ffff:10.0.0.1``)."""
     packed = value.to_bytes(family.bits // 8, "big") + bytes([length])

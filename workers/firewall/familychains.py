@@ -10,7 +10,16 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kube_router.workers.delta import DeltaTracker
-from kube_router.workers.firewall.chains import SetNamer, dispatched, ipset_of, pod_chains, policy_chains, render
+from kube_router.workers.firewall.chains import (
+    Isolated,
+    SetNamer,
+    dispatched,
+    ipset_of,
+    isolated,
+    pod_chains,
+    policy_chains,
+    render,
+)
 from kube_router.workers.firewall.iptablesplan import Digest, describe, digest_of, jump_steps, to_remove, to_write
 from kube_router.workers.firewall.names import DISPATCH_PREFIX, POLICY_PREFIX, TAIL_CHAIN, pod_chain, policy_chain
 from kube_router.workers.firewall.rules import Changed, Direction, Frame, Ruleset, SetKey
@@ -47,6 +56,7 @@ class FamilyChains:
         self._tracker: DeltaTracker[str, Digest] = DeltaTracker()
         self._written_as: dict[RuleText, RuleText] = {}
         """By the words in which a rule is read, those in which it is written; equal ones are left out."""
+        self._isolated: Isolated = {}
         self._jumps_stand = False
         self._hooks: Chains = {}
         self._texts: dict[str, Rules] = {}
@@ -90,6 +100,7 @@ class FamilyChains:
         self.refused = {chain: why for chain, why in self.refused.items() if chain in texts}
         texts |= dict.fromkeys((*self.refused, *(self.kept - texts.keys())), ())
         self._texts = texts
+        self._isolated = isolated(wanted.ruleset.pods.values(), self.family)
         self._tracker.replace_desired({chain: digest_of(rules) for chain, rules in texts.items()})
 
     def want_changed(self, wanted: Wanted, changed: Changed) -> None:
@@ -103,8 +114,10 @@ class FamilyChains:
             policy = wanted.ruleset.policies[key]
             texts |= policy_chains(policy, self.family, named=wanted.named, without=wanted.without)
         if changed.pods:
-            touched |= {chain for chain in self._tracker.desired if chain.startswith(DISPATCH_PREFIX)}
-            texts |= dispatched(wanted.ruleset.pods.values(), self.family)
+            before, self._isolated = self._isolated, isolated(wanted.ruleset.pods.values(), self.family)
+            if self._isolated != before:
+                touched |= {chain for chain in self._tracker.desired if chain.startswith(DISPATCH_PREFIX)}
+                texts |= dispatched(self._isolated, self.family)
         for chain in touched & self.refused.keys():
             del self.refused[chain]
         self._texts = texts

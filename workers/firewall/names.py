@@ -66,6 +66,7 @@ def policy_chain(key: Key, direction: Direction) -> str:
     return POLICY_PREFIX + digest(key, direction)
 
 
+@functools.lru_cache(4096)  # asked for at every change, of every pod of this node
 def pod_chain(key: Key, direction: Direction) -> str:
     """The chain that an isolated pod's packets of one direction go through."""
     return POD_PREFIX + digest(key, direction)

@@ -319,7 +319,10 @@ class SetSync:
             except SetError as error:
                 yield f"cannot: {error}"
         names = {spec.name for spec in wanted} | set(self._reserved())
-        yield from (f"destroy {name}" for name in sorted(self._driver.names(is_our_set)) if name not in names)
+        try:
+            yield from (f"destroy {name}" for name in sorted(self._driver.names(is_our_set)) if name not in names)
+        except SetError as error:
+            yield f"cannot: {error}"
 
 
 def _members(spec: SetSpec, texts: Iterable[str]) -> Members:
