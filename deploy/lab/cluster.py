@@ -85,8 +85,8 @@ class Lab:
             "KUBE_ROUTER_CNI_CONF_FILE": str(self.conf_file(node)),
         }
 
-    def agent_command(self, node: LabNode) -> list[str]:
-        """The agent's command line."""
+    def agent_command(self, node: LabNode, flags: Sequence[str] = ()) -> list[str]:
+        """The agent's command line; ``flags`` come last, and win."""
         return [
             str(Path(sys.executable).parent / "kube-router"),
             f"--manifests={self.manifests}",
@@ -94,6 +94,7 @@ class Lab:
             f"--state-dir={self.folder / node.name / 'state'}",
             *topology.agent_flags(node),
             *self._extra_flags,
+            *flags,
         ]
 
     def on(self, node: str, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -169,11 +170,11 @@ class Lab:
     def _manifest_file(self, name: str) -> Path:
         return self.manifests / f"{name}.yaml"
 
-    def start_agent(self, node: LabNode) -> None:
-        """Start one node's agent, in its namespace."""
+    def start_agent(self, node: LabNode, flags: Sequence[str] = ()) -> None:
+        """Start one node's agent, in its namespace; ``flags`` come behind those that it always has."""
         with self.log_file(node.name).open("ab") as log:
             self.agents[node.name] = subprocess.Popen(
-                self.namespaces.command(node.name, self.agent_command(node)),
+                self.namespaces.command(node.name, self.agent_command(node, flags)),
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,

@@ -308,6 +308,36 @@ def test_policies_stand_while_no_agent_runs(shop_lab: Lab) -> None:
     assert dataplane(shop_lab, "node1") == before
 
 
+def test_changing_the_backend_and_back_lets_nothing_through_and_loses_nothing(shop_lab: Lab) -> None:
+
+    def state() -> dict[str, str]:
+        """Sets that are made anew have another seed of their hash."""
+        found = dataplane(shop_lab, "node1")
+        return found | {"ipset": re.sub(r" initval \S+", "", found["ipset"])}
+
+    guard(shop_lab)
+    before = state()
+    other = f"--use-nftables-for-netpol={'false' if uses_nftables(shop_lab) else 'true'}"
+    beside = tuple(question for question in WANTED if question.source == WEB1.short)
+    with nothing_lost_nor_let_through(shop_lab, beside):
+        for flags in ([other], []):
+            shop_lab.agents["node1"].send_signal(signal.SIGTERM)
+            shop_lab.agents["node1"].wait(timeout=15)
+            shop_lab.start_agent(NODES[0], flags)
+            assert wait_until(lambda: shop_lab.ready("node1"), 40), shop_lab.log_file("node1").read_text()[-3000:]
+            after = state()
+            expected = uses_nftables(shop_lab) ^ bool(flags)
+            assert (
+                bool(after["nftables"]) is expected and ("KUBE-" in after["iptables"] + after["ipset"]) is not expected
+            )
+    assert after == before
+
+
+def uses_nftables(lab: Lab) -> bool:
+    """Whether policies are in nftables in this lab."""
+    return "--use-nftables-for-netpol" in lab.agent_command(NODES[0])
+
+
 def flush_forward(lab: Lab) -> None:
     for tool in ("iptables", "ip6tables"):
         output(lab, "node1", tool, "-F", "KUBE-ROUTER-FORWARD")
@@ -331,7 +361,7 @@ VANDALS: dict[str, list[Callable[[Lab], None]]] = {
 def test_what_someone_takes_from_the_firewall_is_there_again_within_a_second(shop_lab: Lab) -> None:
     guard(shop_lab)
     before = dataplane(shop_lab, "node1")
-    nftables = "--use-nftables-for-netpol" in shop_lab.agent_command(NODES[0])
+    nftables = uses_nftables(shop_lab)
     assert bool(before["nftables"]) is nftables and ("KUBE-NWPLCY" in before["iptables"]) is not nftables
     first = [output(shop_lab, "node1", tool, "-S", "FORWARD", "1") for tool in ("iptables", "ip6tables")]
     for vandal in VANDALS["nftables" if nftables else "iptables"]:
