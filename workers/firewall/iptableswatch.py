@@ -95,5 +95,7 @@ class IptablesWatch:
         """What happens inside is our own doing; a change that was not read before it is not passed over."""
         before = self._read_marks()
         yield
+        if self._legacy:
+            self._writers.clear()  # legacy tables tell of nothing, so there is nothing to pass by
         if before == self._marks:
             self._marks = self._read_marks()

@@ -99,6 +99,7 @@ class SetSync:
         self._fixed: dict[SetSpec, frozenset[str]] = {}
         self._deletes: list[tuple[SetSpec, Members]] = []
         self._garbage: set[SetName] = set()
+        self._stuck: set[SetName] = set()
         self._look = 0
         self.failed: dict[tuple[SetKey, Family], str] = {}
         """Sets that rules must not name, and why."""
@@ -278,12 +279,15 @@ class SetSync:
                 self._garbage |= {name for name in self._driver.names(is_our_set) if name not in known}
             except SetError as error:
                 result.failures.append(Failure("ipset", str(error)))
+        stuck, self._stuck = self._stuck, set()
         for name in sorted(self._garbage):
             try:
                 result.writes += self._driver.remove(name)
                 self._garbage.discard(name)
             except SetReferenced as error:
-                if observe:
+                # nftables frees the rules that named it some time after their removal.
+                self._stuck.add(name)
+                if name in stuck:
                     result.warnings.append(f"{error}; it is not needed any more, and stays as long as that is so")
             except SetError as error:
                 result.failures.append(Failure("ipset", str(error)))
