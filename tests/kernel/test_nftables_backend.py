@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import subprocess
 import sys
 import time
@@ -299,3 +300,42 @@ except ConnectionRefusedError:
 except TimeoutError:
     print("nothing")
 """
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_happens_in_whatever_order_nothing_is_left_to_do(node: Node, seed: int) -> None:
+    """Random clusters, one after the other; some are stale, and somebody else is at work at times."""
+    chance = random.Random(seed)
+    node.start()
+    for _ in range(25):
+        world = random_world(chance)
+        hold = chance.random() < 0.2
+        if chance.random() < 0.2:
+            family = chance.choice(BOTH)
+            table = f"{KIND[family]} {names.NFT_TABLES[family]}"
+            verb = chance.choice(["delete table {}", "flush table {}", "flush set {} kube-router-local-pods"])
+            node.namespace.run(f"nft {verb.format(table)}", check=False)
+        synced = node.become(*world, hold=hold, observe=chance.random() < 0.3)
+        assert (synced.failures, synced.failed) == ((), {})
+        if not hold:
+            node.look()
+            assert node.backend.plan(node.ruleset, node.state.frame) == ()
+    node.become(*WORLD)
+    node.look()
+    assert canonical(node.tables()) == canonical(fresh(node))
+
+
+def random_world(chance: random.Random) -> tuple[Pod | NetworkPolicy, ...]:
+    """A few pods with few addresses and labels, so that they meet; policies of every kind."""
+    found: list[Pod | NetworkPolicy] = []
+    for number in range(chance.randrange(8)):
+        label = chance.choice("xyz")
+        made = pod(f"a/p{number}", chance.randrange(1, 9), chance.choice(["n1", "n1", "n2"]), {"http": 80}, app=label)
+        found.append(made)
+    for number in range(chance.randrange(6)):
+        peers = chance.sample([pods(app="x"), pods(app="y"), block("10.0.0.0/30"), block("fd00::/64"), namespaces()], 2)
+        ports = chance.choice([None, [port(80)], [port("http"), port(1, 9)]])
+        rules = chance.choice([[], [rule(*peers, ports=ports)], [rule(ports=ports), rule(*peers[:1])]])
+        directions = chance.choice([{"ingress": rules}, {"egress": rules}, {"ingress": rules, "egress": rules}])
+        found.append(policy(f"a/n{number}", labels(app=chance.choice("xyz")), **directions))
+    return tuple(found)
