@@ -5,8 +5,8 @@
 # namespaces of their own.
 set -euo pipefail
 
-demo=(python3 python3-venv python3-dev gcc libc6-dev iproute2 iptables ipset nftables libnftables1 conntrack iputils-ping
-    kmod procps util-linux ca-certificates gobgpd containernetworking-plugins bird2)
+demo=(python3 python3-venv python3-dev gcc libc6-dev iproute2 iptables ipset nftables conntrack iputils-ping kmod procps
+    util-linux ca-certificates gobgpd containernetworking-plugins bird2)
 tests=(etcd-server openssl tcpdump git)
 units=(bird.service gobgpd.service etcd.service)
 

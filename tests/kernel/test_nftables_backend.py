@@ -88,7 +88,7 @@ def test_a_member_comes_and_goes_in_one_message_and_nothing_is_listed(
     node.start()
 
     def never(*_: object) -> None:
-        raise AssertionError("a change of members went through the library")
+        raise AssertionError("a change of members went another way")
 
     monkeypatch.setattr(Nft, "run", never)
     monkeypatch.setattr(Nft, "list_table", never)

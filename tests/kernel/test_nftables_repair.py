@@ -66,7 +66,7 @@ def _command(template: str) -> Damage:
             ),
             address="10.0.0.2" if family is Family.IPV4 else "fd00::2",
             stranger="10.9.9.9" if family is Family.IPV4 else "fd00::99",
-            prefix="10.64.0.0/10" if family is Family.IPV4 else "fd80::/9",
+            prefix="99.64.0.0/10" if family is Family.IPV4 else "fc80::/9",
             pods=names.POD_MAPS[Direction.INGRESS],
         )
 
@@ -101,7 +101,8 @@ DAMAGES = {
         "add element {table} {pods} {{ {stranger} : jump {group} }}",
         "1 foreign elements",
     ),
-    "a block is deleted": ("delete element {table} {blocks} {{ {prefix} }}", "its blocks were changed"),
+    "all blocks are deleted": ("flush set {table} {blocks}", "its blocks were changed"),
+    "a block is added": ("add element {table} {blocks} {{ {prefix} }}", "its blocks were changed"),
     "a set is made": ("add set {table} foreign {{ type inet_service; }}", "foreign was added"),
     "a map is made": ("add map {table} foreign {{ type inet_service : verdict; }}", "foreign was added"),
     "a set is deleted": ("flush chain {table} {policy}; delete set {table} {ports}", "was deleted"),

@@ -18,7 +18,6 @@ from kube_router.ipc.messages import NetworkPolicy, Pod
 from kube_router.workers.firewall import names
 from kube_router.workers.firewall.backend import Synced
 from kube_router.workers.firewall.nftables import Nftables
-from kube_router.workers.firewall.nftplan import ListedChain, parse_listing
 from kube_router.workers.firewall.rules import (
     Changed,
     Direction,
@@ -150,13 +149,20 @@ def peers_of(node: Node) -> PodSet:
     return next(key for key in node.ruleset.members if isinstance(key, PodSet) and key.direction is Direction.INGRESS)
 
 
-def chains(node: Node, family: Family) -> dict[str, ListedChain]:
-    """The chains of a table, with their rules."""
-    text = node.namespace.run(f"nft -s -t list table {KIND[family]} {names.NFT_TABLES[family]}")
-    return parse_listing(text).chains
+def chains(node: Node, family: Family) -> dict[str, list[str]]:
+    """The rules of every chain of a table, in the program's words."""
+    found: dict[str, list[str]] = {}
+    lines = iter(node.namespace.run(f"nft -s -t list table {KIND[family]} {names.NFT_TABLES[family]}").splitlines())
+    for line in lines:
+        if line.startswith("\tchain "):
+            rules = found.setdefault(line.split()[1], [])
+            while (rule := next(lines)) != "\t}":
+                if not rule.startswith(("\t\ttype ", "\t\tcomment ")):
+                    rules.append(rule.strip())
+    return found
 
 
-def planned(node: Node, family: Family) -> dict[str, ListedChain]:
+def planned(node: Node, family: Family) -> dict[str, list[str]]:
     """The chains that a new process would make."""
     with namespaces_of_tests() as (other,), other.enter():
         twin = Node(other, ())

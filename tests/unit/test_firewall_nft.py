@@ -19,12 +19,9 @@ from kube_router.workers.firewall.nftplan import (
     SetOwner,
     Steps,
     degraded,
-    normal,
-    parse_listing,
 )
 from kube_router.workers.firewall.nftrender import (
     Chain,
-    Shape,
     clause_rule,
     element_text,
     frame_chains,
@@ -105,98 +102,6 @@ def test_what_goes_goes_in_the_reverse_order() -> None:
     steps.delete = {"m": ["10.0.0.1"]}
     verbs = [" ".join(line.text.split()[:2]) for line in steps.lines()]
     assert verbs == ["delete element", "flush chain", "flush chain", "delete chain", "delete chain", "delete set"]
-
-
-@pytest.mark.parametrize("family", BOTH, ids=str)
-def test_every_rule_is_written_as_it_is_listed(family: Family) -> None:
-    for chain in rendered(ruleset_of(cluster(WORLD, FRAME)), family):
-        for text in chain.rules:
-            assert normal(text) == text
-
-
-@pytest.mark.parametrize(
-    ("other", "ours"),
-    [
-        ("counter packets 7 bytes 420 accept", "counter accept"),
-        ("meta mark and 0x10000 == 0x0 counter reject", "meta mark & 0x00010000 == 0x00000000 counter reject"),
-        ("meta mark & 0x10000 == 0 counter", "meta mark & 0x00010000 == 0x00000000 counter"),
-        ("meta mark set meta mark or 0x20000", "meta mark set meta mark | 0x00020000"),
-        ("ct state related,established accept", "ct state established,related accept"),
-        (
-            "meta mark & 0x00010000 == 0x00000000 counter reject with icmp port-unreachable",
-            f"{'meta mark & 0x00010000 == 0x00000000'} counter reject",
-        ),
-        ("counter reject with icmpv6 type port-unreachable", "counter reject"),
-        ("meta l4proto 132 counter", "meta l4proto sctp counter"),
-        ("tcp flags & (fin | syn | rst | ack) != syn counter", "tcp flags != syn / fin,syn,rst,ack counter"),
-        (
-            'counter packets 1 bytes 2 accept comment "a and 0x1 or counter packets 3 bytes 4"',
-            'counter accept comment "a and 0x1 or counter packets 3 bytes 4"',
-        ),
-    ],
-)
-def test_other_spellings_are_the_same_rule(other: str, ours: str) -> None:
-    assert normal(other) == ours
-
-
-def test_a_rule_that_differs_stays_different() -> None:
-    texts = {normal(text) for text in ("tcp dport 80 accept", "tcp dport 81 accept", "udp dport 80 accept", "accept")}
-    assert len(texts) == 4
-    assert normal("meta mark & 0x00010000 == 0x00010000 accept") != normal(
-        "meta mark & 0x00010000 == 0x00000000 accept"
-    )
-
-
-LISTING = """table ip kube-router-filter-ipv4 {
-\tcomment "rules for kube-router-filter-ipv4"
-\tset a {
-\t\ttype ipv4_addr
-\t\tcomment "netpol set"
-\t}
-
-\tset b {
-\t\ttype ipv4_addr
-\t\tflags interval
-\t}
-
-\tset c {
-\t\ttype ipv4_addr
-\t\tsize 100
-\t\tflags dynamic,timeout
-\t}
-
-\tmap d {
-\t\ttype ipv4_addr : verdict
-\t}
-
-\tcounter e {
-\t}
-
-\tchain base {
-\t\tcomment "top { level"
-\t\ttype filter hook input priority 0; policy accept;
-\t\tcounter accept
-\t}
-
-\tchain empty {
-\t}
-}
-"""
-
-
-def test_a_listing_is_read() -> None:
-    listed = parse_listing(LISTING)
-    assert {name: (shape.word, shape.type, shape.interval) for name, shape in listed.sets.items()} == {
-        "a": ("set", "ipv4_addr", False),
-        "b": ("set", "ipv4_addr", True),
-        "c": ("set", "ipv4_addr; size 100; flags dynamic,timeout", False),
-        "d": ("map", "ipv4_addr : verdict", False),
-    }
-    assert listed.chains["base"].header == "type filter hook input priority filter; policy accept;"
-    assert listed.chains["base"].rules == ("counter accept",)
-    assert listed.chains["empty"].rules == ()
-    assert Shape("a", "ipv4_addr").same(listed.sets["a"])
-    assert not Shape("b", "ipv4_addr").same(listed.sets["b"])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The nftables backend: a table a family, in the network namespace of the thread that made it.
 
-Touches the kernel, through `kernel.nft` (structure, as text) and `kernel.nftelements` (members, packed). Each family
+Touches the kernel, through `kernel.nft` (structure) and `kernel.nftelements` (members). Each family
 fails alone. Whether anybody changed anything since all was right is one number (`ElementDriver.generation`): while it
 stands, an observing sync reads nothing else.
 """
@@ -17,8 +17,8 @@ from kube_router.workers.firewall.backend import BackendError, Synced
 from kube_router.workers.firewall.nftsync import TableResult, TableSync
 from kube_router.workers.firewall.rules import Changed, Frame, Ruleset
 from kube_router.workers.kernel.monitor import TableListener
-from kube_router.workers.kernel.nft import Nft, NftError
-from kube_router.workers.kernel.nftelements import ElementDriver
+from kube_router.workers.kernel.nft import Nft
+from kube_router.workers.kernel.nftelements import ElementDriver, NftError
 from kube_router.workers.model import Failure, Family
 
 PHASE = "nftables"
@@ -30,7 +30,7 @@ class Nftables:
     name = "nftables"
 
     def __init__(self) -> None:
-        """Raises `BackendError` without the library, or without the right to open its sockets."""
+        """Raises `BackendError` on a kernel without nfnetlink."""
         self._tables: dict[Family, TableSync] = {}
         self._generation: int | None = None
         with contextlib.ExitStack() as opened:
@@ -41,14 +41,12 @@ class Nftables:
                 opened.callback(self._elements.close)
                 own = (self._nft.portid, self._elements.portid)
                 self._listener = TableListener({*names.NFT_TABLES.items()}, own)
-            except NftError as error:
-                raise BackendError(str(error)) from error
             except OSError as error:
                 raise BackendError(f"nftables: {error.strerror or error}") from error
             opened.pop_all()
 
     def close(self) -> None:
-        """Release library and sockets; the kernel keeps everything."""
+        """Release the sockets; the kernel keeps everything."""
         for driver in (self._listener, self._elements, self._nft):
             driver.close()
 

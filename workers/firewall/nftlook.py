@@ -11,19 +11,20 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kube_router.workers.firewall import names
-from kube_router.workers.firewall.nftplan import Listed, ListedChain, normal, parse_listing
 from kube_router.workers.firewall.nftrender import Chain, frame_shapes
 from kube_router.workers.firewall.nftrender import set_shape as shape_of
-from kube_router.workers.firewall.nftstate import ALTERED, EMPTY, Believed, rules_hash
+from kube_router.workers.firewall.nftstate import ALTERED, EMPTY, OTHER, Believed, rules_hash
 from kube_router.workers.firewall.rules import BlockSet, Changed, Direction, PortSet, Ruleset, SetKey
+from kube_router.workers.kernel.nft import ListedChain, ListedTable
 from kube_router.workers.kernel.nftelements import Key, pack_blocks, pack_member, unpack_member
 from kube_router.workers.model import Family
+from kube_router.workers.nftcode import canonical, compile_rule
 
 
 class Lister(Protocol):
     """What is asked of `kernel.nft.Nft`."""
 
-    def list_table(self, family: Family, name: str) -> str | None: ...
+    def list_table(self, family: Family, name: str) -> ListedTable | None: ...
 
 
 class Elements(Protocol):
@@ -53,7 +54,7 @@ class Seen:
     """
 
     believed: Believed
-    listed: Listed = field(default_factory=Listed)
+    listed: ListedTable = field(default_factory=ListedTable)
     misfits: list[str] = field(default_factory=list)
     members: dict[str, MemberChange] = field(default_factory=dict)
     blocks: set[str] = field(default_factory=set)
@@ -71,8 +72,7 @@ class Expected:
     """What a look is compared with. ``sets`` and ``chains``: what should stand, by name.
 
     ``before``: what this process left, and ``changed`` what the rule set has become since; ``members_known`` tells
-    whether that holds for members. ``printed``: hashes of rules as this version of nftables lists them, and of what
-    they were written as.
+    whether that holds for members.
     """
 
     family: Family
@@ -80,20 +80,19 @@ class Expected:
     chains: Mapping[str, Chain]
     before: Believed
     changed: Changed
-    printed: Mapping[int, int]
     members_known: bool
 
 
 def look(nft: Lister, elements: Elements, ruleset: Ruleset, expected: Expected) -> Seen:
     """What stands now. Raises `NftError`."""
     family, before = expected.family, expected.before
-    text = nft.list_table(family, names.NFT_TABLES[family])
+    listed = nft.list_table(family, names.NFT_TABLES[family])
     seen = Seen(Believed(known=True))
-    if text is None:
+    if listed is None:
         if before.table:
             seen.repaired.append(f"table {names.NFT_TABLES[family]} was deleted")
         return seen
-    seen.listed = parse_listing(text)
+    seen.listed = listed
     seen.believed.table = True
     _see_chains(seen, expected)
     _see_shapes(seen, expected)
@@ -111,29 +110,37 @@ def look(nft: Lister, elements: Elements, ruleset: Ruleset, expected: Expected) 
 
 
 def _see_chains(seen: Seen, expected: Expected) -> None:
+    before = expected.before
     for name, listed in seen.listed.chains.items():
         wanted = expected.chains.get(name)
         if wanted is not None and listed.header != wanted.header:
             seen.misfits.append(f"chain {name} is hooked as {listed.header or 'no base chain'!r}")
-        seen.believed.chains[name] = _identity(listed, wanted, expected.printed)
-    before = expected.before
-    if not before.known:
-        return
-    for name, found in seen.believed.chains.items():
+        found = hash_of(listed, wanted, expected.family)
         was = before.chains.get(name)
-        if was is None:
+        if before.known and was is None:
             seen.repaired.append(f"chain {name} was added")
-        elif was != found:
+        elif before.known and found != was and (found == EMPTY or (wanted and rules_hash(wanted.rules) == was)):
             seen.repaired.append(f"chain {name} was {'flushed' if found == EMPTY else 'changed'}")
-            seen.believed.chains[name] = ALTERED
+            found = ALTERED
+        seen.believed.chains[name] = found
     seen.repaired += [f"chain {name} was deleted" for name in before.chains if name not in seen.believed.chains]
 
 
-def _identity(listed: ListedChain, wanted: Chain | None, printed: Mapping[int, int]) -> int:
-    if wanted is not None and listed.rules == wanted.rules:  # mostly so, and then the spelling is no question
-        return rules_hash(wanted.rules)
-    found = rules_hash([*map(normal, listed.rules)])
-    return printed.get(found, found)
+def hash_of(listed: ListedChain, wanted: Chain | None, family: Family) -> int:
+    """`rules_hash` of what is wanted, if that is what stands."""
+    if not listed.rules:
+        return EMPTY
+    if wanted is None or len(wanted.rules) != len(listed.rules):
+        return OTHER
+    for rule, stands in zip(wanted.rules, listed.rules, strict=True):
+        try:
+            code = compile_rule(rule, family)
+        except ValueError:  # it will be refused
+            return OTHER
+        # Mostly the same bytes, and then they need no reading.
+        if stands != code and (canonical(stands[0]), stands[1]) != code:
+            return OTHER
+    return rules_hash(wanted.rules)
 
 
 def _see_shapes(seen: Seen, expected: Expected) -> None:
@@ -149,7 +156,7 @@ def _see_shapes(seen: Seen, expected: Expected) -> None:
                 seen.words[name] = shape.word
                 continue
             wanted = shape_of(sets[name], name, family)
-        if not wanted.same(shape):
+        if (wanted.type, wanted.interval) != (shape.type, shape.interval):
             seen.misfits.append(f"{shape.word} {name} is of type {shape.type!r}")
 
 

@@ -1,4 +1,4 @@
-"""Reads the text of our nftables table, and writes the transaction that turns what stands into what should.
+"""Writes the transaction that turns what stands in our nftables table into what should.
 
 Pure: texts and values. A transaction's lines are in the order that the kernel needs: what is named comes before what
 names it, and goes after it. All of it happens at one moment, so no packet sees a part.
@@ -7,7 +7,7 @@ names it, and goes after it. All of it happens at one moment, so no packet sees 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,94 +15,6 @@ from kube_router.workers.firewall import names
 from kube_router.workers.firewall.nftrender import KIND, Chain, Shape
 from kube_router.workers.firewall.rules import SetKey
 from kube_router.workers.model import Family
-
-_OBJECT = re.compile(r"^\t(?P<word>\w+) (?P<name>\S+) \{$")
-_COMMENT = ' comment "'
-_HEX = re.compile(r"\b0x[0-9a-f]+\b")
-_STATES = re.compile(r"(?<=ct state )[\w,]+")
-_SPELLINGS = (
-    (re.compile(r" counter packets \d+ bytes \d+"), " counter"),
-    (re.compile(r" and (?=0x)"), " & "),
-    (re.compile(r" or (?=0x)"), " | "),
-    (re.compile(r" == 0(?= |$)"), " == 0x00000000"),
-    (re.compile(r" tcp flags & \(fin \| syn \| rst \| ack\) != syn "), " tcp flags != syn / fin,syn,rst,ack "),
-    # Without /etc/protocols their names are not known.
-    (re.compile(r"(?<= meta l4proto )6(?= )"), "tcp"),
-    (re.compile(r"(?<= meta l4proto )17(?= )"), "udp"),
-    (re.compile(r"(?<= meta l4proto )132(?= )"), "sctp"),
-    (re.compile(r" reject with icmp(?:v6)?(?: type)? port-unreachable"), " reject"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class ListedChain:
-    """A chain as it stands: its header (empty without a hook) and its rules as they were listed."""
-
-    header: str
-    rules: tuple[str, ...]
-
-
-@dataclass(slots=True)
-class Listed:
-    """A table as it stands, without elements."""
-
-    chains: dict[str, ListedChain] = field(default_factory=dict)
-    sets: dict[str, Shape] = field(default_factory=dict)
-
-
-def normal(rule: str) -> str:
-    """A rule as nftables 1.0.6 lists it, from what any version lists or takes; counters have no values."""
-    text, comment, rest = f" {rule}".partition(_COMMENT)
-    for pattern, spelling in _SPELLINGS:
-        text = pattern.sub(spelling, text)
-    text = _HEX.sub(lambda found: f"{int(found[0], 16):#010x}", text)
-    text = _STATES.sub(lambda found: ",".join(sorted(found[0].split(","))), text)
-    return f"{text[1:]}{comment}{rest}"
-
-
-def parse_listing(text: str) -> Listed:
-    """Sets, maps and chains of the text that ``nft -s -t list table`` gives; other objects are passed over."""
-    listed = Listed()
-    lines = iter(text.splitlines())
-    for line in lines:
-        found = _OBJECT.match(line)
-        if found is None:
-            continue
-        body = [inner.strip() for inner in _body(lines)]
-        if found["word"] == "chain":
-            listed.chains[found["name"]] = _chain(body)
-        elif found["word"] in ("set", "map"):
-            listed.sets[found["name"]] = _shape(found["name"], body)
-    return listed
-
-
-def _body(lines: Iterator[str]) -> Iterator[str]:
-    for line in lines:
-        if line == "\t}":
-            return
-        yield line
-
-
-def _chain(body: Sequence[str]) -> ListedChain:
-    header, rules = "", []
-    for line in body:
-        if line.startswith("type ") and " hook " in line:
-            header = line.replace("priority 0;", "priority filter;")
-        elif not line.startswith('comment "'):
-            rules.append(line)
-    return ListedChain(header, tuple(rules))
-
-
-def _shape(name: str, body: Sequence[str]) -> Shape:
-    kind, interval, others = "", False, []
-    for line in body:
-        if line.startswith("type "):
-            kind = line.removeprefix("type ")
-        elif line == "flags interval":
-            interval = True
-        elif not line.startswith('comment "'):
-            others.append(line)  # a size, a timeout: not as we make them
-    return Shape(name, "; ".join([kind, *others]), interval)
 
 
 class SetOwner(NamedTuple):

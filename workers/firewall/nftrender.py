@@ -151,7 +151,8 @@ def element_text(member: str) -> str:
 
 def map_element(address: str, chain: str, pod: Key) -> str:
     """The element of a verdict map that leads a pod's packets to its chain."""
-    return f'{address} comment "{names.comment(pod, "").strip()}" : jump {chain}'
+    comment = names.comment(pod, "").strip().replace(",", "")  # which parts elements
+    return f'{address} comment "{comment}" : jump {chain}'
 
 
 def policy_chain(

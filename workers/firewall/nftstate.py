@@ -75,7 +75,7 @@ def pod_layout(ruleset: Ruleset, family: Family) -> PodLayout:
 class Believed:
     """What stands in the kernel, as far as is known; ``known`` is false before the first look.
 
-    ``chains``: by name, `rules_hash`, or `ALTERED` when the rules are not those that this process gave it.
+    ``chains``: by name, the `rules_hash` of what it was given, or what stands in its place.
     ``frame_sets``: names of the sets that are always there; ``sets``: of all others. ``elements``: of the former, by
     set. ``dispatch``: by address, the chain; empty when somebody else led it elsewhere.
     """
@@ -91,15 +91,16 @@ class Believed:
     )
 
 
-EMPTY, ALTERED = 0, 1
+EMPTY, ALTERED, OTHER = 0, 1, 2
+"""In the place of a hash: a chain without rules, one whose rules somebody else changed, and one of other rules."""
 
 
 def rules_hash(rules: Sequence[str]) -> int:
-    """Identity of a chain's rules within this process; `EMPTY` for a chain without rules."""
+    """Of a chain's rules, as text, within this process."""
     if not rules:
         return EMPTY
     found = hash(tuple(rules))
-    return found if found not in (EMPTY, ALTERED) else 2
+    return found if found not in (EMPTY, ALTERED, OTHER) else 3
 
 
 @dataclass(slots=True)

@@ -17,21 +17,19 @@ from typing import Protocol
 
 from kube_router.ipc.messages import Key
 from kube_router.workers.firewall import names
-from kube_router.workers.firewall.nftlook import Elements, Expected, Lister, MemberChange, Seen, look
+from kube_router.workers.firewall.nftlook import Elements, Expected, Lister, MemberChange, Seen, hash_of, look
 from kube_router.workers.firewall.nftplan import (
     Line,
-    ListedChain,
     NewSet,
     RuleOwner,
     SetOwner,
     Steps,
     degraded,
-    normal,
-    parse_listing,
 )
 from kube_router.workers.firewall.nftrender import Chain, frame_shapes
 from kube_router.workers.firewall.nftstate import (
     EMPTY,
+    OTHER,
     Believed,
     PodLayout,
     Refusals,
@@ -48,8 +46,7 @@ from kube_router.workers.firewall.nftstate import (
     wanted_sets,
 )
 from kube_router.workers.firewall.rules import BlockSet, Changed, Direction, Frame, Ruleset, SetKey
-from kube_router.workers.kernel.nft import NftError
-from kube_router.workers.kernel.nftelements import ElementChange, pack_member, unpack_member
+from kube_router.workers.kernel.nftelements import ElementChange, NftError, pack_member, unpack_member
 from kube_router.workers.model import Family
 
 BULK = 4096
@@ -130,7 +127,6 @@ class TableSync:
         self._names = SetNames(family)
         self._pods = PodLayout()
         self._frame: Frame | None = None
-        self._printed: dict[int, int] = {}
         self._doubtful = True
 
     def sync(
@@ -162,7 +158,6 @@ class TableSync:
             raise NftError(f"table {names.NFT_TABLES[self.family]}: refused {_ROUNDS} times, each time something else")
         if seen is not None:
             result.repaired += seen.repaired
-            self._learn_spelling(work, seen)
         self._pods, self._frame = work.pods, frame
         # What a stale state kept may be of nobody: the next one that counts is compared with the kernel.
         self._doubtful = hold
@@ -217,6 +212,10 @@ class TableSync:
         else:
             self._changed_members(work, asked)
         chains = self._chains(asked, pods)
+        for name, chain in chains.items() if seen is not None else ():
+            # Since the look, a rule may have been left out of it: perhaps that is what stands.
+            if believed.chains.get(name) == OTHER and seen is not None:
+                believed.chains[name] = hash_of(seen.listed.chains[name], chain, self.family)
         steps.new_table = not believed.table
         steps.new_sets += [
             NewSet(shape) for shape in frame_shapes(self.family) if shape.name not in believed.frame_sets
@@ -241,7 +240,10 @@ class TableSync:
         keys = policies.keys() if asked.full else policies.keys() & changed.policies
         chains = policy_chains((policies[key] for key in keys), self.family, self._names, self.refused)
         if asked.full or changed.pods:
-            chains |= {name: self.refused.applied_to(chain, clauses=False) for name, chain in pods.groups.items()}
+            # The name of a group's chain says what is in it: one that stands needs no look, unless all is looked at.
+            stand = () if asked.full else self.believed.chains
+            groups = {name: chain for name, chain in pods.groups.items() if name not in stand}
+            chains |= {name: self.refused.applied_to(chain, clauses=False) for name, chain in groups.items()}
         if asked.full:
             chains |= fixed_chains(self.family, asked.frame, self.refused)
         return chains
@@ -269,7 +271,6 @@ class TableSync:
                 self._chains(dataclasses.replace(asked, full=True), pods),
                 self.believed,
                 asked.changed,
-                self._printed,
                 asked.members_known,
             ),
         )
@@ -426,25 +427,6 @@ class TableSync:
             stands = {address: chain for address, (chain, _) in wants.items()}
             kept = {address: chain for address, chain in believed.dispatch[direction].items() if chain and hold}
             believed.dispatch[direction] = stands | kept
-
-    def _learn_spelling(self, work: Work, seen: Seen) -> None:
-        """See how this version of nftables lists what was just written over something else.
-
-        A rule that it lists in a way that `normal` does not know would else look altered for ever.
-        """
-        rewritten = [chain for chain in work.steps.fill if seen.listed.chains.get(chain.name, _NONE).rules]
-        text = self._nft.list_table(self.family, names.NFT_TABLES[self.family]) if rewritten else None
-        if text is None:
-            return
-        listed = parse_listing(text).chains
-        for chain in rewritten:
-            if chain.name in listed:
-                found, written = rules_hash([*map(normal, listed[chain.name].rules)]), rules_hash(chain.rules)
-                if found != written:
-                    self._printed[found] = written
-
-
-_NONE = ListedChain("", ())
 
 
 def is_policy_chain(name: str) -> bool:

@@ -1,173 +1,214 @@
-"""nftables through libnftables, inside this process: commands as text in, all of them done or one error out.
+"""nftables tables over nfnetlink: commands as text in, all of them done or one error out; one table read back.
 
-Touches the kernel. No program is forked and no JSON is made: a transaction of one chain takes 0.1 ms beside an empty
-table and 5 ms beside 2,000 sets (the library looks names up by listing the headers of a table's sets and chains, which
-is why members go another way: `nftelements.py`). A whole transaction happens, or none of it.
+Touches the kernel. The commands (`nftmessages.py`) become one batch of messages here, without the ``nft`` program and
+without its library. libnftables was tried first: before every transaction it lists the headers of all sets (10 ms
+beside 2,000 of them), it takes fifty times the memory of a text, and the process ends (SIGSEGV, 1.0.6) as soon as any
+table of the host holds a set that a newer nft has made, as on a node whose nft is newer than that of the container.
 
-The library's socket belongs to the network namespace that the creating thread is in; a context is used by one thread.
-The library keeps nothing between calls but its heap, which does not grow (tests/kernel/test_nft.py).
+A socket belongs to the network namespace that the creating thread is in.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import os
-import re
-import socket
-from collections.abc import Sequence
+import errno
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from kube_router.workers.kernel.netlink import NETLINK_NETFILTER
+from kube_router.workers.kernel.netlink import (
+    NETLINK_NETFILTER,
+    Message,
+    NetlinkError,
+    NetlinkSocket,
+    Overflow,
+    Request,
+    attribute_map,
+    text_of,
+)
+from kube_router.workers.kernel.nftelements import SUBSYSTEM, NftError
+from kube_router.workers.kernel.nftmessages import (
+    CHAIN_HOOK,
+    CHAIN_NAME,
+    CHAIN_POLICY,
+    CHAIN_TYPE,
+    HOOKS,
+    INTERVAL,
+    MAP,
+    NAME,
+    RULE_CHAIN,
+    RULE_EXPRESSIONS,
+    RULE_USERDATA,
+    SET_DATA_TYPE,
+    SET_FLAGS,
+    SET_KEY_TYPE,
+    TABLE,
+    TYPES,
+    VERDICT_TYPE,
+    Commands,
+    start,
+)
 from kube_router.workers.model import Family
+from kube_router.workers.nftcode import text, without_counts
 
-LIBRARY = "libnftables.so.1"
-KIND = {Family.IPV4: "ip", Family.IPV6: "ip6"}
-"""The words of nftables for a table's family."""
-
-_STATELESS, _TERSE = 1 << 2, 1 << 11
-_ABSENT = "No such file or directory"
-_ERROR = re.compile(r"^(?:/\S*?:(?P<line>\d+):[\d-]+: )?(?:\w+: )?Error: (?P<words>.*)$", re.MULTILINE)
+_GETTABLE, _GETCHAIN, _GETRULE, _GETSET = 1, 4, 7, 10
+_SET_DESC, _SET_TIMEOUT, _SET_GC, _SET_EXPR, _SET_EXPRESSIONS = 9, 11, 12, 17, 18
+_TYPE_NAMES = {number: name for name, (number, _) in TYPES.items()}
+_POLICIES = ("drop", "accept")
 _WORDS_SHOWN = 3
-_LARGE = 256 * 1024
-"""Bytes of commands or of a listing after which the heap is worth the milliseconds that trimming it takes."""
 
 
-class NftError(Exception):
-    """The library or the kernel refused commands; one line of text.
+@dataclass(frozen=True, slots=True)
+class ListedChain:
+    """A chain as it stands: its header (as nft lists it; empty without a hook), and its rules.
 
-    ``refused``: (index of the command, why) for every command that is at fault, as far as that is known.
+    A rule is its expressions with counters at zero, and its user data; see `nftcode`.
     """
 
-    def __init__(self, text: str, refused: Sequence[tuple[int, str]] = ()) -> None:
-        super().__init__(text)
-        self.refused = tuple(refused)
+    header: str
+    rules: tuple[tuple[bytes, bytes], ...] = ()
 
 
-def _load() -> ctypes.CDLL:
-    try:
-        library = ctypes.CDLL(LIBRARY)
-    except OSError as error:
-        raise NftError(f"{LIBRARY} cannot be loaded (Debian's package is libnftables1): {error}") from None
-    context, flags, text = ctypes.c_void_p, ctypes.c_uint, ctypes.c_char_p
-    for name, result, arguments in (
-        ("nft_ctx_new", context, [flags]),
-        ("nft_ctx_free", None, [context]),
-        ("nft_ctx_buffer_output", ctypes.c_int, [context]),
-        ("nft_ctx_buffer_error", ctypes.c_int, [context]),
-        ("nft_ctx_get_output_buffer", text, [context]),
-        ("nft_ctx_get_error_buffer", text, [context]),
-        ("nft_ctx_output_set_flags", None, [context, flags]),
-        ("nft_run_cmd_from_buffer", ctypes.c_int, [context, text]),
-        ("nft_run_cmd_from_filename", ctypes.c_int, [context, text]),
-    ):
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library
+@dataclass(frozen=True, slots=True)
+class ListedSet:
+    """A set or map as it stands: its type in nft's words, with everything that is not as `Nft` makes them behind it."""
+
+    type: str
+    interval: bool
+
+    @property
+    def word(self) -> str:
+        """``set`` or ``map``."""
+        return "map" if " : " in self.type else "set"
+
+
+@dataclass(slots=True)
+class ListedTable:
+    """A table without elements."""
+
+    chains: dict[str, ListedChain] = field(default_factory=dict)
+    sets: dict[str, ListedSet] = field(default_factory=dict)
 
 
 class Nft:
-    """One context of the library. ``portid``: that of its socket, by which its own events are told from others'."""
+    """One socket. ``portid``: its address, by which its own events are told from others'."""
 
     def __init__(self) -> None:
-        """Raises `NftError` when the library is missing or cannot open its socket."""
-        self._library = _load()
-        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)  # other C libraries than glibc lack it
-        before = _descriptors()
-        # The library ends the process when it cannot open its socket: whether it can is found out first.
-        try:
-            socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER).close()
-        except OSError as error:
-            raise NftError(f"this kernel has no nfnetlink: {error.strerror}") from None
-        self._context = self._library.nft_ctx_new(0)
-        if not self._context:
-            raise NftError(f"{LIBRARY} gives no context")
-        self._library.nft_ctx_buffer_output(self._context)
-        self._library.nft_ctx_buffer_error(self._context)
-        self._library.nft_run_cmd_from_buffer(self._context, b"list tables ip")  # the socket has no address before
-        self.portid = _portid({number for number, file in _descriptors().items() if file not in before.values()})
-        # Elements and counters are not listed: the first can be many, the second always differ.
-        self._library.nft_ctx_output_set_flags(self._context, _STATELESS | _TERSE)
+        """Raises OSError."""
+        self._netlink = NetlinkSocket(NETLINK_NETFILTER)
+        self._commands = Commands()
+
+    @property
+    def portid(self) -> int:
+        """Of its socket; see `monitor.TableListener`."""
+        return self._netlink.portid
 
     def close(self) -> None:
-        """Free the context; it must not be used afterwards."""
-        context, self._context = self._context, None
-        if context:
-            self._library.nft_ctx_free(context)
+        """Close the socket."""
+        self._netlink.close()
 
     def run(self, commands: Sequence[str]) -> None:
-        """Carry out all commands (one line of text each, in order), or none. Raises `NftError`."""
-        # Only for a file does the library say which line an error is about.
-        descriptor = os.memfd_create("nft", os.MFD_CLOEXEC)
+        """Carry out all commands (in order), or none. Raises `NftError`."""
+        requests: list[Request] = []
+        owners: list[int] = []
+        refused: list[tuple[int, str]] = []
+        for index, command in enumerate(commands):
+            try:
+                made = [*self._commands.requests(command)]
+            except ValueError as error:
+                refused.append((index, str(error)))
+                continue
+            requests += made
+            owners += [index] * len(made)
+        if refused:
+            raise _error(commands, refused)
         try:
-            with open(descriptor, "w", closefd=False) as file:
-                file.writelines(f"{command}\n" for command in commands)
-            size = os.fstat(descriptor).st_size
-            status = self._library.nft_run_cmd_from_filename(self._context, b"/proc/self/fd/%d" % descriptor)
-        finally:
-            os.close(descriptor)
-        self._library.nft_ctx_get_output_buffer(self._context)
-        words = self._errors()
-        self._give_back(size)
-        if status != 0:
-            raise _error(commands, words)
+            errors = self._netlink.transaction(SUBSYSTEM, requests)
+        except (OSError, Overflow) as error:
+            raise NftError(f"nftables: {_words(error)}") from error
+        if errors:
+            raise _error(commands, [(owners[at], _words(error)) for at, error in errors.items()])
 
-    def list_table(self, family: Family, name: str) -> str | None:
-        """The text of one table without elements and counters; None when it does not exist. Raises `NftError`."""
-        command = f"list table {KIND[family]} {name}"
-        status = self._library.nft_run_cmd_from_buffer(self._context, command.encode())
-        text: bytes = self._library.nft_ctx_get_output_buffer(self._context) or b""
-        words = self._errors()
-        self._give_back(len(text))
-        if status == 0:
-            return text.decode("utf-8", "replace")
-        if _ABSENT in words:
-            return None
-        raise _error([command], words)
+    def list_table(self, family: Family, name: str) -> ListedTable | None:
+        """One table; None when it does not exist. Raises `NftError`."""
+        try:
+            self._netlink.query(SUBSYSTEM << 8 | _GETTABLE, start(family) + text(TABLE, name))
+            listed = ListedTable()
+            self._list_sets(listed, family, name)
+            self._list_chains(listed, family, name)
+        except NetlinkError as error:
+            if error.errno == errno.ENOENT:
+                return None
+            raise NftError(f"table {name}: {_words(error)}") from error
+        except (OSError, Overflow) as error:
+            raise NftError(f"table {name}: {_words(error)}") from error
+        return listed
 
-    def _give_back(self, size: int) -> None:
-        """The library needs some fifty times the size of a text, and glibc would keep that."""
-        if size >= _LARGE:
-            self._trim(0)
+    def _list_sets(self, listed: ListedTable, family: Family, table: str) -> None:
+        for message in self._netlink.dump(SUBSYSTEM << 8 | _GETSET, start(family) + text(TABLE, table)):
+            found = attribute_map(message.payload, 4)
+            if text_of(found[TABLE]) == table:
+                listed.sets[text_of(found[NAME])] = _listed_set(found)
 
-    def _errors(self) -> str:
-        return (self._library.nft_ctx_get_error_buffer(self._context) or b"").decode("utf-8", "replace")
+    def _list_chains(self, listed: ListedTable, family: Family, table: str) -> None:
+        headers: dict[str, str] = {}
+        for message in self._netlink.dump(SUBSYSTEM << 8 | _GETCHAIN, start(family)):
+            found = attribute_map(message.payload, 4)
+            if text_of(found[TABLE]) == table:
+                headers[text_of(found[CHAIN_NAME])] = _header_of(found)
+        rules: dict[str, list[tuple[bytes, bytes]]] = {name: [] for name in headers}
+        for message in self._netlink.dump(SUBSYSTEM << 8 | _GETRULE, start(family) + text(TABLE, table)):
+            chain, rule = _listed_rule(message)
+            rules.setdefault(chain, []).append(rule)
+        listed.chains = {name: ListedChain(headers.get(name, ""), tuple(found)) for name, found in rules.items()}
 
 
-def _error(commands: Sequence[str], words: str) -> NftError:
-    """What the library said in several lines and underlined, in one."""
-    refused: list[tuple[int, str]] = []
-    texts: dict[str, None] = {}
-    for found in _ERROR.finditer(words):
-        reason = found["words"].removeprefix("Could not process rule: ").strip()
-        index = int(found["line"]) - 1 if found["line"] else -1
-        if 0 <= index < len(commands):
-            refused.append((index, reason))
-            texts[f"{_shortened(commands[index])}: {reason}"] = None
-        else:
-            texts[reason] = None
+def _listed_set(found: Mapping[int, memoryview]) -> ListedSet:
+    kind = int.from_bytes(found.get(SET_KEY_TYPE, b""), "big")
+    fields: list[str] = []
+    while kind:
+        fields.insert(0, _TYPE_NAMES.get(kind & 63, f"type {kind & 63}"))
+        kind >>= 6
+    words = " . ".join(fields)
+    flags = int.from_bytes(found.get(SET_FLAGS, b""), "big")
+    if flags & MAP:
+        data = int.from_bytes(found.get(SET_DATA_TYPE, b""), "big")
+        words += " : verdict" if data == VERDICT_TYPE else f" : type {data}"
+    if others := flags & ~(INTERVAL | MAP):
+        words += f"; flags {others:#x}"
+    strange = [kind for kind in (_SET_TIMEOUT, _SET_GC, _SET_EXPR, _SET_EXPRESSIONS) if kind in found]
+    if strange or len(found.get(_SET_DESC, b"")) > 0:
+        words += "; a size, a timeout or something else of a set's own"
+    return ListedSet(words, bool(flags & INTERVAL))
+
+
+def _header_of(found: Mapping[int, memoryview]) -> str:
+    if CHAIN_HOOK not in found:
+        return ""
+    place = attribute_map(found[CHAIN_HOOK])
+    hook, priority = (int.from_bytes(place.get(kind, b""), "big", signed=True) for kind in (1, 2))
+    policy = int.from_bytes(found.get(CHAIN_POLICY, b""), "big")
+    word = HOOKS[hook] if hook < len(HOOKS) else str(hook)
+    kind = text_of(found.get(CHAIN_TYPE, b""))
+    return f"type {kind} hook {word} priority {priority or 'filter'}; policy {_POLICIES[policy & 1]};"
+
+
+def _listed_rule(message: Message) -> tuple[str, tuple[bytes, bytes]]:
+    found = attribute_map(message.payload, 4)
+    expressions = without_counts(bytes(found.get(RULE_EXPRESSIONS, b"")))
+    return text_of(found[RULE_CHAIN]), (expressions, bytes(found.get(RULE_USERDATA, b"")))
+
+
+def _error(commands: Sequence[str], refused: Sequence[tuple[int, str]]) -> NftError:
+    """All that was refused, in one line."""
+    texts = {f"{_shortened(commands[index])}: {reason}": None for index, reason in refused}
     shown = [*texts][:_WORDS_SHOWN]
     if len(texts) > _WORDS_SHOWN:
         shown.append(f"and {len(texts) - _WORDS_SHOWN} more")
-    return NftError("nft: " + ("; ".join(shown) or " ".join(words.split()) or "refused without a word"), refused)
+    return NftError("nftables: " + "; ".join(shown), refused)
 
 
 def _shortened(command: str, limit: int = 160) -> str:
     return command if len(command) <= limit else f"{command[:limit]}…"
 
 
-def _descriptors() -> dict[int, str]:
-    """What every open descriptor is; numbers alone are used again."""
-    found = {}
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
-    return found
-
-
-def _portid(descriptors: set[int]) -> int:
-    """The netlink address of the socket among new descriptors; 0 when there is none."""
-    for descriptor in descriptors:
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as found:
-            if found.family == socket.AF_NETLINK:
-                return int(found.getsockname()[0])
-    return 0
+def _words(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error or "answers were lost")

@@ -1,8 +1,7 @@
 """Elements of nftables sets, over nfnetlink: added and deleted in one transaction, read as packed keys.
 
-Touches the kernel. What it costs depends on the elements that it is given alone (an element takes 40 µs whatever stands
-in the table); libnftables would list the headers of all sets first. Sets are made by `nft`, never here. Messages after
-``include/uapi/linux/netfilter/nf_tables.h``.
+Touches the kernel. What it costs depends on the elements that it is given alone: one takes 40 µs, 5,000 take 5 ms. Sets
+are made by `nft`, never here. Messages after ``include/uapi/linux/netfilter/nf_tables.h``.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from kube_router.workers.kernel.netlink import (
     text_attribute,
     text_of,
 )
-from kube_router.workers.kernel.nft import NftError
 from kube_router.workers.model import Family
 
 SUBSYSTEM = 10
@@ -40,12 +38,24 @@ _ELEM_KEY, _ELEM_DATA, _ELEM_FLAGS = 1, 2, 3
 _DATA_VALUE, _DATA_VERDICT, _VERDICT_CHAIN = 1, 2, 2
 _INTERVAL_END = 1
 _NFPROTO = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
+_LAST_PORT = 65535
 _PROTOCOLS = {"tcp": 6, "udp": 17, "sctp": 132}
-_MESSAGE_BYTES = 48 * 1024
+MESSAGE_BYTES = 48 * 1024
 """Elements of one message; an attribute's length has 16 bits."""
 
 Key = bytes
 """A key as the kernel holds it: in network order; the fields of a concatenation are each padded to four bytes."""
+
+
+class NftError(Exception):
+    """The kernel refused something, or a command is none; one line of text.
+
+    ``refused``: (index of the command, why) for every command that is at fault, as far as that is known.
+    """
+
+    def __init__(self, text: str, refused: Sequence[tuple[int, str]] = ()) -> None:
+        super().__init__(text)
+        self.refused = tuple(refused)
 
 
 def pack_member(member: str, family: Family) -> Key:
@@ -54,13 +64,13 @@ def pack_member(member: str, family: Family) -> Key:
     try:
         packed = socket.inet_pton(_NFPROTO[family], address)
     except OSError:
-        if member.isdecimal():
+        if member.isdecimal() and int(member) <= _LAST_PORT:
             return struct.pack("!H", int(member))
         raise ValueError(f"{member!r} is no member of a set of {family} addresses") from None
     if not comma:
         return packed
     protocol, _, port = endpoint.partition(":")
-    if protocol not in _PROTOCOLS or not port.isdecimal():
+    if protocol not in _PROTOCOLS or not port.isdecimal() or int(port) > _LAST_PORT:
         raise ValueError(f"{member!r} names no protocol and port")
     return packed + struct.pack("!BxxxHxx", _PROTOCOLS[protocol], int(port))
 
@@ -89,6 +99,21 @@ def pack_blocks(prefixes: Iterable[str], family: Family) -> list[tuple[int, int]
         else:
             found.append((start, end))
     return found
+
+
+def block_edges(prefixes: Iterable[str], family: Family) -> Iterator[bytes]:
+    """The elements of an interval set that cover networks: where each interval begins, and the first key behind it."""
+    size = family.bits // 8
+    ends = attribute(_ELEM_FLAGS, _INTERVAL_END.to_bytes(4, "big"))
+    for start, end in pack_blocks(prefixes, family):
+        yield key_element(start.to_bytes(size, "big"))
+        if end < 1 << family.bits:  # else it has no end
+            yield key_element(end.to_bytes(size, "big"), ends)
+
+
+def key_element(key: Key, rest: bytes = b"") -> bytes:
+    """One element; ``rest``: its other attributes."""
+    return attribute(_LIST_ELEM, attribute(_ELEM_KEY, attribute(_DATA_VALUE, key)) + rest)
 
 
 def _block(prefix: str, family: Family) -> tuple[int, int]:
@@ -234,7 +259,7 @@ def _payloads(family: Family, table: str, name: str, keys: Sequence[Key]) -> Ite
         return
     length = len(keys[0])
     prefix, header, padding = _key_prefix(length), _header(family, table, name), b"\0" * (-length % 4)
-    count = _MESSAGE_BYTES // (len(prefix) + length)
+    count = MESSAGE_BYTES // (len(prefix) + length)
     for start in range(0, len(keys), count):
         part = keys[start : start + count]
         yield header + attribute(_LIST_ELEMENTS | 0x8000, prefix + (padding + prefix).join(part) + padding)
