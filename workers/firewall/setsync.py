@@ -226,6 +226,7 @@ class SetSync:
         ``add``, ``delete``: what may be done to its members.
         """
         try:
+            desired = frozenset(spec.members(desired).texts())  # in the words in which the kernel's are read
             before = self._fixed.get(spec)
             if before == desired and not observe:
                 return True

@@ -7,6 +7,7 @@ are made by `nft`, never here. Messages after ``include/uapi/linux/netfilter/nf_
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 import struct
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -80,14 +81,20 @@ def unpack_member(key: Key, family: Family) -> str:
     size = family.bits // 8
     if len(key) == 2:
         return str(int.from_bytes(key, "big"))
-    address, rest = socket.inet_ntop(_NFPROTO[family], key[:size]), key[size:]
+    address, rest = _address(key[:size], family), key[size:]
     if not rest:
         return address
     if len(rest) == size:
-        return f"{address} . {socket.inet_ntop(_NFPROTO[family], rest)}"
+        return f"{address} . {_address(rest, family)}"
     protocol, port = rest[0], int.from_bytes(rest[4:6], "big")
     names = [name for name, number in _PROTOCOLS.items() if number == protocol]
     return f"{address},{names[0] if names else protocol}:{port}"
+
+
+def _address(packed: bytes, family: Family) -> str:
+    """As the standard library writes it, which all address texts come from; inet_ntop differs in some of IPv6."""
+    text = socket.inet_ntop(_NFPROTO[family], packed)
+    return str(ipaddress.ip_address(packed)) if family is Family.IPV6 and "." in text else text
 
 
 def pack_blocks(prefixes: Iterable[str], family: Family) -> list[tuple[int, int]]:
