@@ -41,7 +41,7 @@ def flows(net: PodNet, family: Family) -> list[Flow]:
     return [
         Flow(net[one].of(family), net[two].of(family), protocol, port)
         for one, two in pairs
-        for protocol, ports in {"tcp": (80, 8080, 30080), "udp": (80, 8080), "sctp": (80, 8080), "icmp": (0,)}.items()
+        for protocol, ports in {"tcp": (80, 8080, 8081), "udp": (80, 8080), "sctp": (80, 8080), "icmp": (0,)}.items()
         for port in ports
     ]
 
@@ -79,7 +79,7 @@ add triples {node},tcp:8080
 create empty hash:ip timeout 0 family {inet}
 create ports bitmap:port range 0-65535
 add ports 80
-add ports 30080
+add ports 8081
 """
 
 RULES = {
@@ -97,7 +97,7 @@ RULES = {
         -A INNER -j RETURN
         -A INNER -j DROP
         -A LEAF -p tcp --dport 80 -j RETURN
-        -A LEAF -p tcp --dport 30080 -j REJECT
+        -A LEAF -p tcp --dport 8081 -j REJECT
         -A LEAF -d {b} -j DROP
     """,
     "goto-in-a-built-in-chain-ends-in-its-policy": """
@@ -206,14 +206,14 @@ NFT_SETS = """
     set triples {{ type {addr} . inet_proto . inet_service; elements = {{
         {b} . tcp . 80, {b} . udp . 8080, {c} . sctp . 80, {node} . tcp . 8080 }} }}
     set itself {{ type {addr} . {addr}; elements = {{ {a} . {b}, {c} . {c} }} }}
-    set ports {{ type inet_service; elements = {{ 80, 30080 }} }}
+    set ports {{ type inet_service; elements = {{ 80, 8081 }} }}
     set empty {{ type {addr}; }}
 """
 NFT_RULES = {
     "goto-and-return": """
         chain leaf {{
             tcp dport 80 counter return
-            tcp dport 30080 reject
+            tcp dport 8081 reject
             {ip} daddr {b} drop
         }}
         chain inner {{

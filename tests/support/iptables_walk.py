@@ -7,6 +7,7 @@ ports without a protocol, names that are too long. `tests/kernel/test_walkers.py
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -89,7 +90,7 @@ class IpSet:
             raise WalkError(f"ipset {self.name}: {entry!r} is no address,protocol:port")
         assert self.family is not None
         Networks(self.family, [found[1]])
-        self.triples.add((found[1], found[2], _port(found[3])))
+        self.triples.add((str(ipaddress.ip_address(found[1])), found[2], _port(found[3])))
 
     def holds(self, packet: WirePacket, sides: tuple[str, ...]) -> bool:
         """Whether a packet is in it, looked at from ``src`` or ``dst``."""

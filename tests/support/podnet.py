@@ -22,7 +22,7 @@ from support.walk import Hook, WirePacket
 
 from kube_router.ipc.messages import ContainerPort, Pod
 
-PORTS = (80, 8080, 8081, 30080)
+PORTS = (80, 8080, 8081)
 CLIENT_ADDRESSES = (
     "192.0.2.2",
     "192.0.2.66",
@@ -38,7 +38,8 @@ _NODE = (
     "net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 "
     "net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0 "
     # Rejections are counted here, and more than one a second is no attack.
-    f"net.ipv4.icmp_ratelimit=0 net.ipv6.icmp.ratelimit=0 {_BRIDGE}"
+    f"net.ipv4.icmp_ratelimit=0 net.ipv4.icmp_msgs_per_sec=1000000 net.ipv4.icmp_msgs_burst=100000 "
+    f"net.ipv6.icmp.ratelimit=0 {_BRIDGE}"
 )
 
 
@@ -123,27 +124,45 @@ class PodNet:
         return next(name for name, host in self.hosts.items() if address in host.addresses)
 
     def flush(self) -> None:
-        """Nothing filters, translates or remembers any more on the nodes: every rule, set and connection goes."""
+        """Nothing filters, translates or remembers any more on the nodes."""
         for name in ("n1", "n2"):
-            self.hosts[name].namespace.run(
-                "nft flush ruleset; for f in iptables ip6tables; do"
-                " $f-legacy-save | sed -n 's/^\\*//p' | while read t; do"
-                "   policies=$([ $t = filter ] && printf ':%s ACCEPT [0:0]\\n' INPUT FORWARD OUTPUT);"
-                '   printf "*%s\\n%s\\nCOMMIT\\n" "$t" "$policies" | $f-legacy-restore; done;'
-                " done; ipset destroy; conntrack -F 2>/dev/null; true"
-            )
+            flush(self.hosts[name].namespace)
 
-    def service(
-        self, address: str, port: int, backend: str, target: int, protocols: Iterable[str] = ("tcp", "udp")
-    ) -> None:
-        """On both nodes a Service's address is translated to a pod, before routing, as kube-proxy does it."""
+    @contextlib.contextmanager
+    def service(self, address: str, port: int, pod: str, target: int) -> Iterator[None]:
+        """On both nodes a Service's address is translated to a pod's, before routing, as kube-proxy does it."""
         family = "ip6" if ":" in address else "ip"
-        to = f"[{backend}]:{target}" if family == "ip6" else f"{backend}:{target}"
-        name = f"service-{address.replace(':', '-').replace('.', '-')}-{port}"
-        rules = "".join(f"  {family} daddr {address} {protocol} dport {port} dnat to {to}\n" for protocol in protocols)
-        chain = "chain to-pod { type nat hook prerouting priority dstnat;\n" + rules + "}"
-        for node in ("n1", "n2"):
-            self.hosts[node].namespace.run("nft -f -", stdin=f"table {family} {name} {{\n{chain}\n}}\n")
+        to = f"{self.hosts[pod].of(6 if family == 'ip6' else 4)}"
+        to = f"[{to}]:{target}" if family == "ip6" else f"{to}:{target}"
+        rules = "".join(f"{family} daddr {address} {kind} dport {port} dnat to {to}\n" for kind in ("tcp", "udp"))
+        table = f"table {family} service {{\nchain pods {{\ntype nat hook prerouting priority dstnat;\n{rules}}}\n}}\n"
+        with self.table(table, f"{family} service"):
+            yield
+
+    @contextlib.contextmanager
+    def table(self, text: str, name: str) -> Iterator[None]:
+        """A table of nftables on both nodes for the duration of the block."""
+        nodes = [self.hosts[node].namespace for node in ("n1", "n2")]
+        for node in nodes:
+            node.run("nft -f -", stdin=text)
+        try:
+            yield
+        finally:
+            for node in nodes:
+                node.run(f"nft delete table {name}; conntrack -F 2>/dev/null")
+
+
+def flush(namespace: Namespace) -> None:
+    """Every rule, set and tracked connection of a namespace goes."""
+    namespace.run(
+        "nft flush ruleset; for f in iptables ip6tables; do"
+        " $f-legacy-save | sed -n 's/^\\*//p' | while read t; do"
+        "   policies=$([ $t = filter ] && printf ':%s ACCEPT [0:0]\\n' INPUT FORWARD OUTPUT);"
+        '   printf "*%s\\n%s\\nCOMMIT\\n" "$t" "$policies" | $f-legacy-restore; done;'
+        # Rules of nft that named a set let go of it some time after they are gone.
+        " done; for i in 1 2 3 4 5 6 7 8 9; do ipset destroy 2>/dev/null && break; sleep 0.05; done; ipset destroy;"
+        " conntrack -F 2>/dev/null; true"
+    )
 
 
 def _node(number: int) -> Namespace:

@@ -344,6 +344,27 @@ class Probes:
                 continue
             break
 
+    def forge(self, sender: Host, flow: Flow) -> bytes:
+        """Send a datagram from ``sender`` under the source of ``flow``, whoever has it; what `arrived` will hold."""
+        text = b"forged %d" % next(self._numbers)
+        datagram = struct.pack("!HHHH", next(self._source_ports), flow.port, 8 + len(text), 0) + text
+        packed = [socket.inet_pton(_af(flow.source), item) for item in (flow.source, flow.destination)]
+        if ":" in flow.source:
+            pseudo = b"".join(packed) + struct.pack("!II", len(datagram), socket.IPPROTO_UDP) + datagram
+            checksum = _checksum(pseudo + b"\0" * (len(pseudo) % 2)) or 0xFFFF
+            datagram = datagram[:6] + struct.pack("!H", checksum) + datagram[8:]
+            header = struct.pack("!IHBB", 6 << 28, len(datagram), socket.IPPROTO_UDP, 64) + b"".join(packed)
+        else:
+            size = 20 + len(datagram)
+            header = struct.pack("!BBHHHBBH", 0x45, 0, size, 0, 0, 64, socket.IPPROTO_UDP, 0) + b"".join(packed)
+        with (
+            sender.namespace.enter(),
+            socket.socket(_af(flow.source), socket.SOCK_RAW, socket.IPPROTO_RAW) as raw,
+            contextlib.suppress(PermissionError),  # dropped in OUTPUT
+        ):
+            raw.sendto(header + datagram, (flow.destination, 0))
+        return text
+
     def connect(self, flow: Flow, seconds: float = 1.0) -> Link:
         """Open a TCP connection that stays; raises AssertionError if it does not come about."""
         host = self._by_address[flow.source]

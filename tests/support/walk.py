@@ -20,7 +20,7 @@ Verdict = Literal["ACCEPT", "DROP", "REJECT"]
 HOOKS: tuple[Hook, ...] = ("INPUT", "FORWARD", "OUTPUT")
 STATES = ("NEW", "ESTABLISHED", "RELATED", "INVALID")
 PORT_PROTOCOLS = {"tcp": 6, "udp": 17, "sctp": 132}
-NUMBERS = {**PORT_PROTOCOLS, "icmp": 1, "ipv6-icmp": 58}
+NUMBERS = {**PORT_PROTOCOLS, "icmp": 1, "ipv6-icmp": 58, "gre": 47}
 DEPTH = 16
 """Of nested chains: nftables refuses a base chain from which more lead downwards (``NFT_JUMP_STACK_SIZE``)."""
 
@@ -52,6 +52,8 @@ class WirePacket:
     def __post_init__(self) -> None:
         if self.hook not in HOOKS or self.protocol not in NUMBERS or self.state not in STATES:
             raise WalkError(f"no such packet: {self}")
+        for name in ("source", "destination"):  # compared as text, so there is one text of each
+            object.__setattr__(self, name, str(ipaddress.ip_address(getattr(self, name))))
 
     @property
     def family(self) -> Family:
