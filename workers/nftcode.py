@@ -117,14 +117,20 @@ def _expression(name: str, *attributes: bytes) -> bytes:
     return attribute(1, text(1, name) + attribute(2, b"".join(attributes)))
 
 
+# Thousands of rules are made of the same few of these.
+
+
+@functools.lru_cache(256)
 def _payload(base: int, offset: int, length: int, register: int = _REGISTER) -> bytes:
     return _expression("payload", number(1, register), number(2, base), number(3, offset), number(4, length))
 
 
+@functools.lru_cache(256)
 def _compare(operator: int, value: bytes) -> bytes:
     return _expression("cmp", number(1, _REGISTER), number(2, operator), attribute(3, attribute(1, value)))
 
 
+@functools.lru_cache(256)
 def _bitwise(mask: bytes, xor: bytes) -> bytes:
     return _expression(
         "bitwise",
@@ -137,6 +143,7 @@ def _bitwise(mask: bytes, xor: bytes) -> bytes:
     )
 
 
+@functools.lru_cache(256)
 def _load_meta(key: int, register: int = _REGISTER) -> bytes:
     return _expression("meta", number(2, key), number(1, register))
 

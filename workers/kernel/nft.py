@@ -144,21 +144,27 @@ class Nft:
 
     def _list_sets(self, listed: ListedTable, family: Family, table: str) -> None:
         for message in self._netlink.dump(SUBSYSTEM << 8 | _GETSET, start(family) + text(TABLE, table)):
-            found = attribute_map(message.payload, 4)
-            if text_of(found[TABLE]) == table:
+            if _is_of(message, table):
+                found = attribute_map(message.payload, 4)
                 listed.sets[text_of(found[NAME])] = _listed_set(found)
 
     def _list_chains(self, listed: ListedTable, family: Family, table: str) -> None:
         headers: dict[str, str] = {}
         for message in self._netlink.dump(SUBSYSTEM << 8 | _GETCHAIN, start(family)):
-            found = attribute_map(message.payload, 4)
-            if text_of(found[TABLE]) == table:
+            if _is_of(message, table):
+                found = attribute_map(message.payload, 4)
                 headers[text_of(found[CHAIN_NAME])] = _header_of(found)
         rules: dict[str, list[tuple[bytes, bytes]]] = {name: [] for name in headers}
         for message in self._netlink.dump(SUBSYSTEM << 8 | _GETRULE, start(family) + text(TABLE, table)):
             chain, rule = _listed_rule(message)
             rules.setdefault(chain, []).append(rule)
         listed.chains = {name: ListedChain(headers.get(name, ""), tuple(found)) for name, found in rules.items()}
+
+
+def _is_of(message: Message, table: str) -> bool:
+    """Whether an object is of a table, told without reading it: the chains of all tables of a family are dumped."""
+    name = text(TABLE, table)
+    return message.payload[4 : 4 + len(name)] == name
 
 
 def _listed_set(found: Mapping[int, memoryview]) -> ListedSet:
