@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from support.fake_kernel import FakeKernel, FakeSets
 from support.policyworld import BOTH, block, cluster, pod, pods, policy, rule
@@ -10,7 +12,7 @@ from support.rulesets import changed_between, ruleset_of
 
 from kube_router.ipc.messages import NetworkPolicy, Pod
 from kube_router.workers.firewall import setsync
-from kube_router.workers.firewall.rules import Changed, Frame, Ruleset
+from kube_router.workers.firewall.rules import Changed, Frame, Member, PodSet, Ruleset
 from kube_router.workers.firewall.setsync import SetResult, SetSync, local_pods_spec
 from kube_router.workers.kernel.ipset import SetError
 from kube_router.workers.model import Family
@@ -96,6 +98,38 @@ def test_on_hold_the_number_of_members_is_not_judged_until_it_is_known_again(set
     assert sets.members()[name] == set()
     sets.kernel.sets[name][1].add("10.0.0.77")
     assert sets.sync.differs()
+
+
+class Crowd(frozenset[Member]):
+    """Members of a set that is too large to be gone through at every change."""
+
+    def __iter__(self) -> Iterator[Member]:
+        raise AssertionError("all members are gone through")
+
+    def __len__(self) -> int:
+        raise AssertionError("all members are counted")
+
+
+def test_a_change_costs_what_changes_however_large_the_set_is(sets: Sets) -> None:
+    (key,) = [key for key in sets.ruleset.members if isinstance(key, PodSet)]
+    sets.ruleset.members = {key: dict.fromkeys(BOTH, Crowd())}
+    added = {Family.IPV4: {Member("10.0.0.8"), Member("10.0.0.9")}, Family.IPV6: {Member("fd00::8")}}
+    sets.turn(Changed(added={key: added}))
+    sets.turn(Changed(removed={key: {Family.IPV4: {Member("10.0.0.2")}}}))
+    assert {"10.0.0.8", "10.0.0.9"} in sets.members().values()
+    assert {"fd00::2", "fd00::8"} in sets.members().values()
+    assert not sets.sync.differs()
+    next(members for members in sets.members().values() if "fd00::8" in members).discard("fd00::8")
+    assert sets.sync.differs()
+
+
+def test_a_change_that_is_told_again_is_not_counted_twice(sets: Sets) -> None:
+    (key,) = [key for key in sets.ruleset.members if isinstance(key, PodSet)]
+    changed = Changed(added={key: {Family.IPV4: {Member("10.0.0.8")}}})
+    sets.turn(changed)
+    sets.sync.again = True
+    sets.turn(changed)
+    assert not sets.sync.differs()
 
 
 def test_a_count_looks_at_every_set_in_turn(sets: Sets, monkeypatch: pytest.MonkeyPatch) -> None:

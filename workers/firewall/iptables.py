@@ -186,6 +186,7 @@ class Iptables:
         self._tell_without_sets(sync)
         failures = [*sync.sets.failures, *sync.chains.failures]
         failures += [Failure("ipset", why) for why in self._sets.failed_fixed.values()]
+        self._sets.again = bool(failures)  # all of the change will be told once more
         seconds = sync.chains.seconds | sync.seconds
         return Synced(
             writes=sync.sets.writes + sync.chains.writes,

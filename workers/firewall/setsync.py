@@ -101,6 +101,8 @@ class SetSync:
         self._garbage: set[SetName] = set()
         self._stuck: set[SetName] = set()
         self._look = 0
+        self.again = False
+        """Whether the next changes may hold some that were carried out before: then they do not count."""
         self.failed: dict[tuple[SetKey, Family], str] = {}
         """Sets that rules must not name, and why."""
         self.failed_fixed: dict[SetName, str] = {}
@@ -174,8 +176,8 @@ class SetSync:
             self._deletes.append((spec, plan.delete))
 
     def _delta(self, ruleset: Ruleset, changed: Changed, key: SetKey, family: Family, result: SetResult) -> None:
-        """Add what is new; nothing is listed unless that fails."""
-        spec, desired = self.spec(key, family), ruleset.members[key].get(family, frozenset())
+        """Add what is new; nothing is listed unless that fails, nor is the set gone through to count it."""
+        spec = self.spec(key, family)
         added, removed = _moves(changed.added, key, family), _moves(changed.removed, key, family)
         try:
             self._driver.change(spec, _members(spec, added), spec.members())
@@ -184,7 +186,8 @@ class SetSync:
             self._whole(ruleset, changed, key, family, result)
             return
         result.writes += len(added)
-        self._counts[spec] = len(desired)
+        count = self._counts.get(spec)
+        self._counts[spec] = None if count is None or self.again else count + len(added) - len(removed)
         if gone:
             self._deletes.append((spec, gone))
 
