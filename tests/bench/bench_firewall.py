@@ -30,6 +30,7 @@ from bench.firewall_shapes import (
     member_events,
     objects,
     policy_events,
+    wide_policy,
 )
 from bench.upstream_netpol import Upstream
 from run import Baseline, Result
@@ -145,12 +146,18 @@ def events() -> Iterator[Result]:
         for backend in BACKENDS:
             with namespaces() as (namespace,), namespace.enter(), World(objects(shape), backend) as world:
                 world.start()
-                yield from members(world, backend, name)
+                yield from members(world, backend, name, "member")
                 yield from policies(world, backend, name)
+                wide = wide_policy(world.found)
+                world.happen(change(world.found, "networkpolicies", wide.key, wide))
+                yield from members(world, backend, name, "wide")
 
 
-def members(world: World, backend: str, name: str) -> Iterator[Result]:
-    """A remote pod's label or a new remote pod: from the delta to the kernel's acknowledgement."""
+def members(world: World, backend: str, name: str, kind: str) -> Iterator[Result]:
+    """A remote pod's label or a new remote pod: from the delta to the kernel's acknowledgement.
+
+    ``kind``: ``member``, or ``wide`` when there are sets that hold every pod.
+    """
     times = []
     gc.collect()
     for changes in member_events(world.found, SHAPES[name], MEMBER_EVENTS):
@@ -164,8 +171,10 @@ def members(world: World, backend: str, name: str) -> Iterator[Result]:
     )
     for word, share, goal in (("p50", 0.5, min(5.0, later * 1000 / FASTER[name])), ("p99", 0.99, 20.0)):
         what = f"a peer's label changes or a peer is new, delta to netlink acknowledgement, {word}"
+        if kind == "wide":
+            what += ", with sets of all pods"
         value = percentile(times, share)
-        yield Result(f"firewall.event.member.{backend}.{name}.{word}", what, value, "ms", goal, baseline, shape)
+        yield Result(f"firewall.event.{kind}.{backend}.{name}.{word}", what, value, "ms", goal, baseline, shape)
 
 
 def policies(world: World, backend: str, name: str) -> Iterator[Result]:

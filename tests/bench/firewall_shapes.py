@@ -332,6 +332,19 @@ def policy_events(found: Objects, count: int) -> Iterator[tuple[NetworkPolicy, C
         yield new, change(found, "networkpolicies", new.key, new)
 
 
+def wide_policy(found: Objects) -> NetworkPolicy:
+    """A policy of a local pod that lets in every pod there is, and lets out to all by a named port."""
+    chosen = local_pods(found)[0]
+    everybody = PolicyPeer(namespace_selector=LabelSelector())
+    return policy(
+        int(chosen.namespace.rpartition("-")[2]),
+        "wide",
+        labelled(app=chosen.labels["app"]),
+        ingress=(PolicyRule(peers=(everybody,)),),
+        egress=(PolicyRule(peers=(everybody,), ports=(PolicyPort(port="http"),)),),
+    )
+
+
 def churn_events(found: Objects, shape: Shape, seed: int = 1) -> Iterator[Changes]:
     """Pods of the whole cluster come, go, and change a label, without end; the caller applies each."""
     chance = random.Random(seed)

@@ -23,6 +23,7 @@ from bench.firewall_shapes import (
     objects,
     pods_of,
     policy_events,
+    wide_policy,
 )
 from bench.upstream_netpol import COMMON, DEFAULT, TAIL, TOP, hashed, restore_script, tables, temporary_name
 
@@ -53,6 +54,7 @@ def test_every_policy_of_a_shape_is_a_good_one() -> None:
     for item in objects(MIDDLE)["networkpolicies"].values():
         assert isinstance(item, NetworkPolicy)
         assert not compile_policy(item, tuple(Family)).problems
+    assert not compile_policy(wide_policy(objects(SMALL)), tuple(Family)).problems
 
 
 @pytest.mark.parametrize("shape", [SMALL, MIDDLE])
