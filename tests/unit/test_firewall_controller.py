@@ -11,6 +11,7 @@ import pytest
 from support.policyworld import BOTH, NODE, block, pod, pods, policy, port, rule, select
 
 from kube_router.ipc.messages import (
+    ContainerPort,
     Kind,
     Namespace,
     NetworkPolicy,
@@ -459,3 +460,32 @@ def test_a_failed_recheck_is_a_failure_of_its_own() -> None:
     outcome = made.reconcile()
     assert outcome.failures == (trouble,)
     assert outcome.components[0].last_success == made.clock.time()
+
+
+def test_a_named_port_that_nobody_has_is_told_until_somebody_has_it() -> None:
+    made = bench()
+    made.put(
+        policy(
+            "x/names",
+            select(app="web"),
+            ingress=[rule(pods(app="client"), ports=[port("http"), port("http"), port(80)])],
+            egress=[rule(pods(app="client"), ports=[port("dns", protocol="UDP")])],
+        )
+    )
+    outcome = made.reconcile()
+    inside = "networkpolicy x/names: spec.ingress[0].ports: no pod of this node that it selects has a TCP port named"
+    outside = "networkpolicy x/names: spec.egress[0].ports: no peer has a UDP port named 'dns'; it allows nothing"
+    assert outcome.warnings == (f"{inside} 'http'; it allows nothing", outside)
+    assert [(notice.reason, notice.name, notice.text) for notice in outcome.notices] == [
+        ("UnresolvedNamedPort", "names", f"{inside} 'http'; it allows nothing"),
+        ("UnresolvedNamedPort", "names", outside),
+    ]
+    made.put(pod("x/dns", 9, "n2", app="client", ports=[ContainerPort("dns", 53, "UDP")]))
+    assert made.reconcile().warnings == (f"{inside} 'http'; it allows nothing",)
+    made.put(pod("x/web", 1, app="web", ports={"http": 8080}))
+    assert made.reconcile().warnings == ()
+    made.remove(pod("x/dns", 9, "n2"))
+    assert made.reconcile().warnings == (outside,)
+    made.remove(policy("x/names"))
+    outcome = made.reconcile()
+    assert outcome.warnings == () and outcome.notices == ()

@@ -23,6 +23,7 @@ from kube_router.workers.firewall.engine import Engine
 from kube_router.workers.firewall.frame import Framed, FrameMaker, NodePorts
 from kube_router.workers.firewall.owed import joined
 from kube_router.workers.firewall.rules import Changed, Frame, Ruleset
+from kube_router.workers.firewall.unresolved import Unresolved
 from kube_router.workers.model import Failure, Outcome
 from kube_router.workers.runtime import Clock, SystemClock, Trigger
 from kube_router.workers.settings import Settings
@@ -37,6 +38,8 @@ SYNC_TIME = "controller_iptables_sync_time"
 REPAIRS = "policy_drift_repairs"
 INVALID, REFUSED = "InvalidNetworkPolicy", "NetworkPolicyNotProgrammed"
 """Event reasons: a policy that cannot be understood in full, and one that the kernel did not take in full."""
+UNRESOLVED = "UnresolvedNamedPort"
+"""Event reason: a policy asks for a port by a name that no pod has."""
 
 
 class Leftovers(Protocol):
@@ -92,6 +95,7 @@ class FirewallController:
         self._kernel: Kernel | None = None
         self._engine = Engine(settings.node_name, settings.families)
         self._ports, self._frames = NodePorts(), FrameMaker(settings)
+        self._unresolved = Unresolved()
         self._followed = False
         self._owed = Changed(everything=True)
         self._full_at = 0.0
@@ -151,7 +155,9 @@ class FirewallController:
             self._ports.update(changes.get("services", {}))
         else:
             self._ports.replace(cluster.services)
-        self._owed = joined(self._owed, self._engine.take_changed())
+        changed = self._engine.take_changed()
+        self._unresolved.update(self._engine.ruleset, changed)
+        self._owed = joined(self._owed, changed)
         self._followed = True
 
     def _times(
@@ -170,7 +176,8 @@ class FirewallController:
         if len(synced.repaired) > REPAIRS_LOGGED:
             log.warning("repaired: %d more", len(synced.repaired) - REPAIRS_LOGGED)
         refused = tuple(Failure("policy", f"{key}: {why}") for key, why in sorted(synced.failed.items()))
-        problems = (line for key in sorted(self._engine.problems) for line in self._engine.problems[key])
+        told = (self._engine.problems, self._unresolved.lines)
+        problems = (line for by_key in told for key in sorted(by_key) for line in by_key[key])
         return Outcome(
             writes=synced.writes,
             failures=(*synced.failures, *refused),
@@ -197,10 +204,10 @@ class FirewallController:
     def _notices(self, synced: Synced) -> Iterator[Notice]:
         """Events on policies: from the nodes where they count, else every node would tell every fault."""
         policies = self._engine.ruleset.policies
-        for key in sorted(self._engine.problems):
-            if key in policies:
-                for line in self._engine.problems[key]:
-                    yield _notice(key, policies[key].uid, INVALID, line)
+        for reason, by_key in ((INVALID, self._engine.problems), (UNRESOLVED, self._unresolved.lines)):
+            for key in sorted(by_key.keys() & policies.keys()):
+                for line in by_key[key]:
+                    yield _notice(key, policies[key].uid, reason, line)
         for key in sorted(synced.failed):
             uid = policies[key].uid if key in policies else ""
             yield _notice(key, uid, REFUSED, f"node {self._settings.node_name}: {synced.failed[key]}")
