@@ -6,6 +6,8 @@ libraries with it, so only the one that is asked for is imported.
 
 from __future__ import annotations
 
+import logging
+
 from kube_router.workers.firewall.backend import Backend, BackendError
 from kube_router.workers.firewall.cleanup import Leftovers
 from kube_router.workers.firewall.controller import Kernel
@@ -13,6 +15,8 @@ from kube_router.workers.firewall.established import Established
 from kube_router.workers.kernel.iptables import Backend as Kind
 from kube_router.workers.kernel.iptables import IptablesError, find_programs
 from kube_router.workers.settings import Settings
+
+log = logging.getLogger(__name__)
 
 
 def reach(settings: Settings) -> Kernel:
@@ -22,6 +26,7 @@ def reach(settings: Settings) -> Kernel:
         recheck = Established() if settings.netpol_recheck_established else None
     except (OSError, IptablesError) as error:
         raise BackendError(str(error)) from error
+    log.info("policies are enforced by %s", f"iptables ({kind})" if kind else "nftables")
     return Kernel(backend, Leftovers(settings.families, kind), recheck)
 
 
