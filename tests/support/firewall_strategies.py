@@ -199,7 +199,7 @@ class Tried:
     packet: Packet
     wire: WirePacket
 
-    def established(self, state: str) -> WirePacket:
+    def in_state(self, state: str) -> WirePacket:
         """The same in another state of its connection."""
         return dataclasses.replace(self.wire, state=state)
 
@@ -231,19 +231,27 @@ def tried(seed: int, count: int) -> Iterator[Tried]:
         protocol = chance.choice(["TCP", "TCP", "TCP", "UDP", "SCTP", ICMP, "GRE"])
         port = chance.choice(PORTS) if protocol in ("TCP", "UDP", "SCTP") else None
         icmp = chance.choice([*_ICMP_TYPES[family]]) if protocol == ICMP else ""
-        kind = protocol.lower() if protocol != ICMP else "icmp" if family is Family.IPV4 else "ipv6-icmp"
+        packet = Packet(source, destination, protocol, port, hook, icmp)
         yield Tried(
-            Packet(source, destination, protocol, port, hook, icmp),
-            WirePacket(
-                hook.value,
-                source,
-                destination,
-                kind,
-                port or 0,
-                _ICMP_TYPES[family].get(icmp, 0),
-                mark=chance.choice([0, 0, 0x10000, 0x20000, 0x30001]),
-                source_local=source in NODE_ADDRESSES[family],
-                destination_local=destination in NODE_ADDRESSES[family],
-                bridged=chance.random() < 0.5,
-            ),
+            packet, wire_of(packet, chance.choice([0, 0, 0x10000, 0x20000, 0x30001]), bridged=chance.random() < 0.5)
         )
+
+
+def wire_of(packet: Packet, mark: int = 0, *, bridged: bool = False) -> WirePacket:
+    """The judge's packet as netfilter sees it."""
+    family = packet.family
+    kind = packet.protocol.lower()
+    if packet.protocol == ICMP:
+        kind = "icmp" if family is Family.IPV4 else "ipv6-icmp"
+    return WirePacket(
+        packet.hook.value,
+        packet.source,
+        packet.destination,
+        kind,
+        packet.port or 0,
+        _ICMP_TYPES[family].get(packet.icmp, 0),
+        mark=mark,
+        source_local=packet.source in NODE_ADDRESSES[family],
+        destination_local=packet.destination in NODE_ADDRESSES[family],
+        bridged=bridged,
+    )

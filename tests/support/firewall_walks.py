@@ -34,14 +34,20 @@ def ruleset_of(objects: tuple[Projection, ...]) -> Ruleset:
 
 def iptables_walk(ruleset: Ruleset, frame: Frame, family: Family) -> IptablesWalk:
     """The chains of the iptables backend in table filter, with their sets."""
+    return IptablesWalk(family, iptables_text(ruleset, frame, family), ipsets_text(ruleset, frame, family))
+
+
+def iptables_text(ruleset: Ruleset, frame: Frame, family: Family) -> str:
+    """Table filter, in the words of iptables-save."""
     chains = render(ruleset, frame, family)
     lines = ["*filter", *(f":{chain} - [0:0]" for chain in chains)]
     lines += [f"-A {hook} {jump_rule(hook)}" for hook in names.TOP_CHAINS]
     lines += [f"-A {chain} {rule}" for chain, rules in chains.items() for rule in rules]
-    return IptablesWalk(family, "\n".join([*lines, "COMMIT"]), "\n".join(_ipsets(ruleset, frame, family)))
+    return "\n".join([*lines, "COMMIT"])
 
 
-def _ipsets(ruleset: Ruleset, frame: Frame, family: Family) -> list[str]:
+def ipsets_text(ruleset: Ruleset, frame: Frame, family: Family) -> str:
+    """All sets, in the words of ipset save."""
     inet = "inet6" if family is Family.IPV6 else "inet"
     lines = []
 
@@ -61,7 +67,7 @@ def _ipsets(ruleset: Ruleset, frame: Frame, family: Family) -> list[str]:
     for protocol, name in names.NODE_PORTS.items():
         lines.append(f"create {name} bitmap:port range 0-65535")
         lines += [f"add {name} {port}" for of, port in frame.node_ports if of == protocol]
-    return lines
+    return "\n".join(lines)
 
 
 def halves(network: str) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from kube_router.workers.firewall.engine import Engine
 from kube_router.workers.firewall.iptables import Iptables
 from kube_router.workers.firewall.nftables import Nftables
 from kube_router.workers.firewall.rules import Frame
-from kube_router.workers.firewall.verdict import ClusterState, Hook, Packet, evaluate
+from kube_router.workers.firewall.verdict import ClusterState, Hook, Packet, Verdict, evaluate
 from kube_router.workers.kernel.chains import ChainDriver
 from kube_router.workers.kernel.iptables import Programs
 from kube_router.workers.model import Family
@@ -96,33 +96,56 @@ class Standing:
         self.backend.close()
 
 
+def judged(net: PodNet, node: str, objects: Iterable[Projection], frame: Frame) -> ClusterState:
+    """What the judge has to know on a node of the network."""
+    found = tuple(objects)
+    links = ("192.0.2.1", "2001:db8::1") if node == "n1" else ()
+    return ClusterState(
+        node_name=node,
+        pods={item.key: item for item in found if isinstance(item, Pod)},
+        namespaces={item.key: item for item in found if isinstance(item, Namespace)},
+        policies={item.key: item for item in found if isinstance(item, NetworkPolicy)},
+        frame=frame,
+        node_addresses=frozenset((*net[node].addresses, "127.0.0.1", "::1", *links)),
+    )
+
+
+def packet_of(net: PodNet, flow: Flow, node: str) -> Packet | None:
+    """A flow's first packet on a node, for the judge; None if it does not pass there."""
+    crossing = net.crossing(flow, node)
+    if crossing is None:
+        return None
+    icmp = flow.protocol == "icmp"
+    return Packet(
+        flow.source,
+        flow.destination,
+        flow.protocol.upper(),
+        None if icmp else flow.port,
+        Hook(crossing[0].hook),
+        "echo-request" if icmp else "",
+    )
+
+
 class NodeFirewall(Standing):
-    """That of a node of a `podnet`, with what the judge has to know of it."""
+    """That of a node of a `podnet`; ``state`` is what the judge has to know of it."""
 
     def __init__(self, net: PodNet, node: str, make: Callable[[], Backend]) -> None:
         super().__init__(node, net[node].namespace, make)
-        links = ("192.0.2.1", "2001:db8::1") if node == "n1" else ()
-        self._addresses = frozenset((*net[node].addresses, "127.0.0.1", "::1", *links))
-        self.state = self._judged((), Frame())
+        self.net = net
+        self.state = judged(net, node, (), Frame())
 
     def apply(
         self, objects: Iterable[Projection], frame: Frame, *, observe: bool = False, hold: bool = False
     ) -> Synced:
         """See `Standing.apply`."""
         found = tuple(objects)
-        self.state = self._judged(found, frame)
+        self.state = judged(self.net, self.node, found, frame)
         return super().apply(found, frame, observe=observe, hold=hold)
 
-    def _judged(self, objects: Iterable[Projection], frame: Frame) -> ClusterState:
-        found = tuple(objects)
-        return ClusterState(
-            node_name=self.node,
-            pods={item.key: item for item in found if isinstance(item, Pod)},
-            namespaces={item.key: item for item in found if isinstance(item, Namespace)},
-            policies={item.key: item for item in found if isinstance(item, NetworkPolicy)},
-            frame=frame,
-            node_addresses=self._addresses,
-        )
+    def verdict(self, flow: Flow) -> Verdict | None:
+        """What the judge says of a flow here; None if it does not pass."""
+        packet = packet_of(self.net, flow, self.node)
+        return None if packet is None else evaluate(self.state, packet)
 
 
 class PodFirewall:
@@ -146,36 +169,11 @@ class PodFirewall:
 
     def allows(self, flow: Flow) -> bool:
         """What the judge says: every node that sees the packet has to let it pass."""
-        return not any(self._refusals(flow))
+        return all(verdict is None or verdict.allowed for verdict in (node.verdict(flow) for node in self.nodes))
 
     def why(self, flow: Flow) -> str:
         """The judge's words, node by node."""
-        return "; ".join(self._words(flow))
-
-    def _refusals(self, flow: Flow) -> Iterable[bool]:
-        for node in self.nodes:
-            packet = self._packet(flow, node.node)
-            yield packet is not None and not evaluate(node.state, packet).allowed
-
-    def _words(self, flow: Flow) -> Iterable[str]:
-        for node in self.nodes:
-            packet = self._packet(flow, node.node)
-            if packet is not None:
-                yield f"{node.node}: {evaluate(node.state, packet)}"
-
-    def _packet(self, flow: Flow, node: str) -> Packet | None:
-        crossing = self.net.crossing(flow, node)
-        if crossing is None:
-            return None
-        icmp = flow.protocol == "icmp"
-        return Packet(
-            flow.source,
-            flow.destination,
-            flow.protocol.upper(),
-            None if icmp else flow.port,
-            Hook(crossing[0].hook),
-            "echo-request" if icmp else "",
-        )
+        return "; ".join(f"{node.node}: {verdict}" for node in self.nodes if (verdict := node.verdict(flow)))
 
     def flows(self, sources: Sequence[str] = (), destinations: Sequence[str] = ()) -> list[Flow]:
         """Everything between the sources and the destinations (without names: all hosts) that has a pod at an end.
