@@ -116,6 +116,30 @@ def test_a_hundred_kills_in_policy_churn_lose_nothing_and_leak_nothing(
     net.flush()
 
 
+def test_a_change_of_the_backend_under_traffic_loses_nothing_and_leaks_nothing(net: PodNet) -> None:
+    """There and back, twice: for a while both stand, and a packet has to pass both."""
+    net.flush()
+    node, expected = net["n1"].namespace, constant(net)
+    with node.enter():
+        with firewall(BACKENDS["nftables"], *steps(net)[0]) as worker:
+            assert worker.beat.errors == {}
+        links = {
+            str(version): net.probes.connect(Flow(net["a"].of(version), net["b"].of(version), "tcp", 80))
+            for version in Family
+        }
+        with Traffic(net.probes, expected, links) as traffic:
+            for settings in [*BACKENDS.values()] * 2:
+                with firewall(settings, *steps(net)[0]) as worker:
+                    assert worker.beat.errors == {}
+                rules = [node.run(command) for command in ("iptables-save", "nft list tables")]
+                stands = ["KUBE-POD-FW-" in rules[0], "kube-router-filter-ipv4" in rules[1]]
+                assert stands == [not settings.use_nftables_for_netpol, settings.use_nftables_for_netpol]
+    for link in links.values():
+        link.close()
+    assert traffic.wrong == []
+    net.flush()
+
+
 def test_the_traffic_sees_a_short_opening_and_a_short_closing(net: PodNet) -> None:
     net.flush()
     node, a, b, c = (net[name] for name in ("n1", "a", "b", "c"))
