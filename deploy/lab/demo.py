@@ -127,12 +127,12 @@ def main() -> int:
         lab.down()
     if lines:
         print_lines(lines)
-    if trouble:
-        print(f"demo: {trouble}", file=sys.stderr)
     bad_lines = sum(not line.ok for line in lines)
-    good = bool(lines) and not bad_lines and not trouble
-    print("\ndemo:", "everything as it should be" if good else f"{bad_lines} lines are not as they should be")
-    return 0 if lines and not bad_lines and not trouble else 1
+    if trouble:
+        print(f"\ndemo: {trouble}", file=sys.stderr)
+    else:
+        print("\ndemo:", f"{bad_lines} lines are not as they should be" if bad_lines else "everything as it should be")
+    return 1 if trouble or bad_lines or not lines else 0
 
 
 def show_logs(lab: Lab) -> None:
