@@ -39,6 +39,19 @@ def test_a_hundred_thousand_members_and_one_change(inside: Namespace, family: Fa
     assert driver.count(spec) == COUNT - 1
 
 
+@pytest.mark.parametrize(("count", "buckets"), [(1, "1024"), (2048, "1024"), (40_000, "32768")])
+def test_a_set_is_made_as_large_as_it_will_be(inside: Namespace, count: int, buckets: str) -> None:
+    """The kernel takes the next power of two above half of the members; by itself it would stop at a smaller one."""
+    base = ipaddress.ip_address("100.0.0.0")
+    spec = SetSpec(SetName("sized"), "hash:ip", Family.IPV4)
+    members = Members.of(Family.IPV4, [str(base + 3 * number) for number in range(count)])
+    driver = SetDriver()
+    driver.apply(plan_set(spec, None, members))
+    assert f" hashsize {buckets} maxelem 65536 " in inside.run("ipset list -t sized")
+    driver.replace(spec, members, SetName("spare"))
+    assert f" hashsize {buckets} maxelem 65536 " in inside.run("ipset list -t sized")
+
+
 @pytest.mark.parametrize("family", list(Family), ids=str)
 def test_a_pod_cidr_of_the_whole_family_becomes_two_halves(inside: Namespace, family: Family) -> None:
     whole = ipaddress.ip_network("0.0.0.0/0" if family is Family.IPV4 else "::/0")

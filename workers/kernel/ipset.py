@@ -41,9 +41,11 @@ _PROTOCOL_VERSION = 6
 """Understood by every kernel since 2.6.39; version 7 adds nothing that is used here."""
 _PROTOCOL, _SETNAME, _TYPENAME, _REVISION, _FAMILY, _FLAGS, _DATA, _ADT, _LINENO = range(1, 10)
 _SETNAME2 = _TYPENAME
-_PORT_FROM, _PORT_TO, _TIMEOUT, _MAXELEM, _ELEMENTS = 4, 5, 6, 19, 24
+_PORT_FROM, _PORT_TO, _TIMEOUT, _HASHSIZE, _MAXELEM, _ELEMENTS = 4, 5, 6, 18, 19, 24
 _FLAG_LIST_SETNAME, _FLAG_LIST_HEADER = 2, 4
 _NLA_F_NET_BYTEORDER = 0x4000
+_DEFAULT_BUCKETS = 1024
+"""Of a new set's hash; the kernel doubles it, and hashes all members again, whenever a bucket is full."""
 _REFERENCED, _FULL = 4100, 4352
 
 _WORDS = {
@@ -142,7 +144,7 @@ class SetDriver:
         After an error the members must be observed again: a message that failed in its middle was half done.
         """
         if plan.create:
-            self._change(self._creation(plan.spec), plan.spec.name)
+            self._change(self._creation(plan.spec, len(plan.add)), plan.spec.name)
         self.change(plan.spec, plan.add, plan.delete)
 
     def change(self, spec: SetSpec, add: Members, delete: Members) -> None:
@@ -167,7 +169,7 @@ class SetDriver:
         self.remove(spare)
         made = SetSpec(spare, spec.type, spec.family, spec.max_members)
         try:
-            self._change(self._creation(made), spare)
+            self._change(self._creation(made, len(members)), spare)
             self.change(made, members, spec.members())
             body = _header(spare, spec.family) + text_attribute(_SETNAME2, spec.name)
             self._change(Request(_SUBSYSTEM | _SWAP, 0, body), spec.name)
@@ -203,13 +205,16 @@ class SetDriver:
         if error is not None:
             raise _set_error(action, name, error) from error
 
-    def _creation(self, spec: SetSpec) -> Request:
+    def _creation(self, spec: SetSpec, members: int) -> Request:
+        """``members``: how many it will soon hold; made that large, it need not be rebuilt again and again."""
         if spec.type == "bitmap:port":
             data = [_port(_PORT_FROM, 0), _port(_PORT_TO, 65535)]
         else:
             data = [_number(_TIMEOUT, 0)]
             if spec.max_members != DEFAULT_MOST:
                 data.append(_number(_MAXELEM, spec.max_members))
+            if members > 2 * _DEFAULT_BUCKETS:
+                data.append(_number(_HASHSIZE, members // 2))
         payload = (
             _header(spec.name, spec.family)
             + text_attribute(_TYPENAME, spec.type)
