@@ -27,7 +27,7 @@ def command_of(pid: int) -> str:
     """A short name of a process of the agent, from its command line."""
     words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
     text = " ".join(words)
-    for name in ("watcher", "router", "cni", "health"):
+    for name in ("watcher", "router", "cni", "firewall", "health"):
         if f"workers.{name}" in text:
             return name
     for name in ("listener", "supervisord", "gobgpd"):
