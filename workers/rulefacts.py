@@ -64,13 +64,15 @@ class ChainPlan:
 
     ``write``: chains of our own with all of their rules, made or emptied first. ``steps``: on built-in chains.
     ``remove``: chains of our own that nothing refers to once the rest is written. Only chains that are named here are
-    touched.
+    touched. ``grow``: those of ``write`` that stand and only lack rules: (position from 1, rule), in their order; they
+    are not emptied. A restore that deletes no rule ends in 2 ms, any other one waits for the kernel's grace period.
     """
 
     family: Family
     write: Mapping[str, tuple[RuleText, ...]] = field(default_factory=dict)
     steps: tuple[RuleStep, ...] = ()
     remove: tuple[str, ...] = ()
+    grow: Mapping[str, tuple[tuple[int, RuleText], ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.write) + len(self.steps) + len(self.remove)
@@ -81,8 +83,10 @@ class ChainPlan:
         A chain to be removed is emptied by its declaration: chains that are to go may refer to each other.
         """
         lines = ["*filter"]
-        lines += [f":{chain} - [0:0]" for chain in (*self.write, *self.remove)]
-        lines += [f"-A {chain} {rule}" for chain, rules in self.write.items() for rule in rules]
+        whole = {chain: rules for chain, rules in self.write.items() if chain not in self.grow}
+        lines += [f":{chain} - [0:0]" for chain in (*whole, *self.remove)]
+        lines += [f"-A {chain} {rule}" for chain, rules in whole.items() for rule in rules]
+        lines += [f"-I {chain} {position} {rule}" for chain, rules in self.grow.items() for position, rule in rules]
         lines += map(str, self.steps)
         lines += [f"-X {chain}" for chain in self.remove]
         return "\n".join([*lines, "COMMIT", ""])

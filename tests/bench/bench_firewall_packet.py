@@ -159,4 +159,5 @@ def figures(probes: dict[str, Probe], identity: str, backend: str) -> Iterator[R
     baseline = Baseline("kube-router's rules", upstream.median("p50"))
     shape = f"kube-router's: {upstream.rate:.0f} connections a second, p99 {upstream.median('p99'):.0f} us"
     what = "connect(2) as above, against kube-router's rules for the same policies, p50"
-    yield Result(f"firewall.packet.{identity}.upstream", what, value, "us", baseline.value, baseline, shape)
+    goal = 1.1 * baseline.value  # IPv4's long list of addresses is cheap to compare: there the two are alike
+    yield Result(f"firewall.packet.{identity}.upstream", what, value, "us", goal, baseline, shape)

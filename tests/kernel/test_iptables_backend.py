@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 from support.iptables_node import ALLOW, DATABASE, DENY, OTHER, PROGRAM, REMOTE, TICK, WEB, WORLD, Node, fresh
@@ -20,8 +20,10 @@ from kube_router.workers.firewall.rules import BlockSet, Direction, PodSet, Port
 from kube_router.workers.firewall.topchains import jump_rule
 from kube_router.workers.kernel import chains as iptables
 from kube_router.workers.kernel.chains import ChainDriver, FilterTable
+from kube_router.workers.kernel.iptables import IptablesError
 from kube_router.workers.kernel.monitor import Tick
 from kube_router.workers.model import Family
+from kube_router.workers.rulefacts import ChainPlan
 
 
 @pytest.fixture(params=["nft", "legacy"])
@@ -67,6 +69,45 @@ def test_one_change_after_the_other_leads_where_a_fresh_start_leads(node: Node) 
         assert node.become(*world).writes == 0
         assert not node.woken()
         assert node.look().writes == 0
+
+
+def test_a_policy_more_is_put_into_the_chains_of_its_pods(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not emptied: a kernel that has nothing to delete makes nobody wait, and the counters go on."""
+    written: list[str] = []
+    apply = ChainDriver.apply
+
+    def seen(driver: ChainDriver, plans: Iterable[ChainPlan]) -> dict[Family, IptablesError]:
+        kept = list(plans)
+        written.extend(str(plan) for plan in kept if plan)
+        return apply(driver, kept)
+
+    node.start()
+    monkeypatch.setattr(ChainDriver, "apply", seen)
+    chain = pod_chain(DATABASE.key, Direction.INGRESS)
+    first, last = policy("a/a", labels(app="db"), ingress=[]), policy("a/z", labels(app="db"), ingress=[])
+    for world in ((*WORLD, last), (first, *WORLD, last), (*WORLD, first, policy("a/m", labels(), egress=[]), last)):
+        written.clear()
+        assert not node.become(*world).failures
+        assert [f":{chain} " in text for text in written] == [False] * 2
+        assert node.everything() == fresh(node)
+    written.clear()
+    assert not node.become(*WORLD, last).failures
+    assert [f":{chain} " in text for text in written] == [True] * 2, "what has to go goes with all the rest"
+    assert node.everything() == fresh(node)
+
+
+@pytest.mark.parametrize("foreign", ["-F", "-I 2 -j RETURN", "-D 1"])
+def test_a_policy_more_is_in_force_also_where_somebody_changed_the_chain_before(node: Node, foreign: str) -> None:
+    node.start()
+    chain = pod_chain(DATABASE.key, Direction.INGRESS)
+    verb, _, rest = foreign.partition(" ")
+    for family in BOTH:
+        node.iptables(family, f"{verb} {chain} {rest}")
+    node.become(*WORLD, policy("a/z", labels(app="db"), ingress=[]))
+    synced = node.look()
+    assert not synced.failures
+    assert node.everything() == fresh(node)
+    assert node.look().writes == 0
 
 
 def test_rules_are_read_again_only_when_somebody_has_changed_some(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

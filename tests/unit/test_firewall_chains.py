@@ -14,6 +14,7 @@ from support.policyworld import BOTH, cluster
 from support.rulesets import ruleset_of
 
 from kube_router.workers.firewall.chains import ipset_of, policy_rules, render
+from kube_router.workers.firewall.familychains import insertions
 from kube_router.workers.firewall.iptablesplan import (
     describe,
     digest_of,
@@ -214,6 +215,25 @@ def test_a_plan_is_one_restore_and_lines_for_people() -> None:
         f"IPv6: remove chain {POD}",
     ]
     assert (len(plan), bool(ChainPlan(Family.IPV4))) == (4, False)
+
+
+def test_a_chain_that_only_lacks_rules_is_not_emptied() -> None:
+    plan = ChainPlan(Family.IPV4, {POLICY: (OTHER,), POD: (MINE, OTHER)}, grow={POD: ((1, MINE),)})
+    lines = (f":{POLICY} - [0:0]", f"-A {POLICY} -j ACCEPT", f"-I {POD} 1 -j RETURN")
+    assert str(plan).splitlines() == ["*filter", *lines, "COMMIT"]
+    assert len(plan) == 2
+
+
+@given(st.lists(st.sampled_from("abc")), st.lists(st.sampled_from("abcd")))
+def test_rules_are_put_in_where_they_belong_or_the_chain_is_written_anew(before: list[str], after: list[str]) -> None:
+    actual, desired = tuple(map(RuleText, before)), tuple(map(RuleText, after))
+    grown = list(actual)
+    for position, rule in insertions(actual, desired):
+        grown.insert(position - 1, rule)
+    assert tuple(grown) in (desired, actual)
+    letters = iter(after)
+    contained = all(letter in letters for letter in before)
+    assert (tuple(grown) == desired) == contained
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ class ChainSync:
 
         Chains of policies refer to nothing but sets and the default chain: each can be tried, and stand, for itself.
         """
-        rest = dataclasses.replace(plan, remove=())
+        rest = dataclasses.replace(plan, remove=(), grow={})
         error = self._try(rest)
         if isinstance(error, Refused):
             policies = [chain for chain, rules in plan.write.items() if is_policy_chain(chain) and rules]

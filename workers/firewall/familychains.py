@@ -21,7 +21,14 @@ from kube_router.workers.firewall.chains import (
     render,
 )
 from kube_router.workers.firewall.iptablesplan import Digest, describe, digest_of, jump_steps, to_remove, to_write
-from kube_router.workers.firewall.names import DISPATCH_PREFIX, POLICY_PREFIX, TAIL_CHAIN, pod_chain, policy_chain
+from kube_router.workers.firewall.names import (
+    DISPATCH_PREFIX,
+    POD_PREFIX,
+    POLICY_PREFIX,
+    TAIL_CHAIN,
+    pod_chain,
+    policy_chain,
+)
 from kube_router.workers.firewall.rules import Changed, Direction, Frame, Ruleset, SetKey
 from kube_router.workers.firewall.ruletext import Rules
 from kube_router.workers.model import Family
@@ -60,6 +67,8 @@ class FamilyChains:
         self._jumps_stand = False
         self._hooks: Chains = {}
         self._texts: dict[str, Rules] = {}
+        self._pod_rules: dict[str, Rules] = {}
+        """Of the pods' chains also the rules that are believed to be there: most changes only add to them."""
 
     @property
     def pending(self) -> bool:
@@ -142,17 +151,20 @@ class FamilyChains:
 
     def observed(self, chains: Chains, hooks: Chains, *, hold: bool) -> None:
         """Take what the kernel holds for what is there. What was refused or kept before may be tried again."""
-        self._tracker.replace_actual({chain: self._read(rules) for chain, rules in chains.items()})
+        read = {chain: self._translated(rules) for chain, rules in chains.items()}
+        self._tracker.replace_actual({chain: digest_of(rules) for chain, rules in read.items()})
+        self._pod_rules = {chain: rules for chain, rules in read.items() if chain.startswith(POD_PREFIX)}
         self._hooks, self._jumps_stand = hooks, not jump_steps(hooks, hold=hold)
         self.gated = _gates(chains.get(TAIL_CHAIN, ()))
         self.certain = True
         self.refused.clear()
         self.kept.clear()
 
+    def _translated(self, rules: Rules) -> Rules:
+        return tuple(self._written_as.get(text, text) for text in rules) if self._written_as else rules
+
     def _read(self, rules: Rules) -> Digest:
-        if not self._written_as:
-            return digest_of(rules)
-        return digest_of(tuple(self._written_as.get(text, text) for text in rules))
+        return digest_of(self._translated(rules))
 
     def learn_words(self, written: Rules, read: Rules) -> Iterator[str]:
         """The same rules as they were written and as they are read; they are equal from now on.
@@ -185,14 +197,21 @@ class FamilyChains:
         write = {chain: self._texts[chain] for chain in to_write(self._tracker.actual, updates, hold=hold)}
         remove = to_remove(self._tracker.pending_deletes(), self._tracker.desired, hold=hold)
         steps = () if self._jumps_stand else jump_steps(self._hooks, hold=hold)
-        return ChainPlan(self.family, write, steps, tuple(remove))
+        grow = {}
+        for chain, rules in write.items():
+            if chain in self._pod_rules and (lacking := insertions(self._pod_rules[chain], rules)):
+                grow[chain] = lacking
+        return ChainPlan(self.family, write, steps, tuple(remove), grow)
 
     def applied(self, plan: ChainPlan) -> None:
         """All of a plan was carried out."""
         for chain, rules in plan.write.items():
             self._tracker.set_actual(chain, digest_of(rules))
+            if chain.startswith(POD_PREFIX):
+                self._pod_rules[chain] = rules
         for chain in plan.remove:
             self._tracker.delete_actual(chain)
+            self._pod_rules.pop(chain, None)
         self._jumps_stand = self._jumps_stand or bool(plan.steps)
         if TAIL_CHAIN in plan.write:
             self.gated = _gates(plan.write[TAIL_CHAIN])
@@ -201,6 +220,18 @@ class FamilyChains:
     def policy_chain_count(self) -> int:
         """The number of chains of policies that stand."""
         return sum(map(is_policy_chain, self._tracker.actual))
+
+
+def insertions(actual: Rules, desired: Rules) -> tuple[tuple[int, RuleText], ...]:
+    """What makes ``actual`` ``desired`` when it is put in, one after the other; nothing if other things must go."""
+    found = []
+    left = list(reversed(actual))
+    for position, rule in enumerate(desired, 1):
+        if left and left[-1] == rule:
+            left.pop()
+        else:
+            found.append((position, rule))
+    return () if left else tuple(found)
 
 
 def is_policy_chain(chain: str) -> bool:
