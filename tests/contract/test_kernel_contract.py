@@ -57,7 +57,9 @@ class KernelHost:
     backend: str
 
     def __post_init__(self) -> None:
-        self.namespace.run("ip link add x type veth peer name y; ip link set y up")
+        # Without link-local addresses: their routes would come in the middle of a test, when the link has its carrier.
+        self.namespace.run("ip link add x type veth peer name y")
+        self.namespace.run("ip link set x addrgenmode none; ip link set y addrgenmode none; ip link set y up")
         self.namespace.run("ip address add 10.0.0.1/24 dev x; ip address add fd00::1/64 dev x nodad; ip link set x up")
         self.routes, self.sets = RouteDriver(), SetDriver()
         self.rules = RuleDriver(Programs(cast(Any, self.backend), f"-{self.backend}", (1, 8, 9)))
