@@ -6,7 +6,8 @@ import subprocess
 from collections.abc import Callable, Iterable, Iterator
 
 import pytest
-from support.iptables_node import ALLOW, DATABASE, DENY, OTHER, PROGRAM, REMOTE, TICK, WEB, WORLD, Node, fresh
+from support.firewall_world import ALLOW, DATABASE, DENY, OTHER, REMOTE, WEB, WORLD
+from support.iptables_node import PROGRAM, TICK, Node, fresh
 from support.namespaces import Namespace
 from support.policyworld import BOTH, pod, pods, policy, rule
 from support.policyworld import select as labels

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.iptables_node import ALLOW, DATABASE, DENY, FRAME, OTHER, REMOTE, WEB, WORLD, Node, fresh
+from support.firewall_world import ALLOW, DATABASE, DENY, FRAME, OTHER, REMOTE, WEB, WORLD
+from support.iptables_node import Node, fresh
 from support.iptables_walk import IptablesWalk
 from support.namespaces import Namespace
 from support.policyworld import BOTH, OUTSIDE, cluster, pod, pods, policy, port, rule

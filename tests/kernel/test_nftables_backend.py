@@ -11,21 +11,9 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 import pytest
+from support.firewall_world import ALLOW, DATABASE, DENY, OTHER, WORLD
 from support.namespaces import Namespace, veth
-from support.nftnode import (
-    ALLOW,
-    DATABASE,
-    DENY,
-    FRAME,
-    KIND,
-    OTHER,
-    WORLD,
-    Node,
-    canonical,
-    elements,
-    fresh,
-    set_of,
-)
+from support.nftnode import FRAME, KIND, Node, canonical, elements, fresh, set_of
 from support.policyworld import BOTH, block, namespaces, pod, pods, policy, port, rule
 from support.policyworld import select as labels
 

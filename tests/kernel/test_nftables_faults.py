@@ -8,21 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 import pytest
+from support.firewall_world import ALLOW, DENY, WEB, WORLD
 from support.namespaces import Namespace
-from support.nftnode import (
-    ALLOW,
-    DENY,
-    KIND,
-    WEB,
-    WORLD,
-    Node,
-    canonical,
-    chains,
-    elements,
-    fresh,
-    peers_of,
-    planned,
-)
+from support.nftnode import KIND, Node, canonical, chains, elements, fresh, peers_of, planned
 from support.policyworld import BOTH, namespaces, pod, pods, policy, port, rule
 from support.policyworld import select as labels
 from support.rulesets import ruleset_of

@@ -5,23 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+from support.firewall_world import ALLOW, DATABASE, DENY, OTHER, WEB, WORLD
 from support.namespaces import Namespace
-from support.nftnode import (
-    ALLOW,
-    DATABASE,
-    DENY,
-    FRAME,
-    KIND,
-    OTHER,
-    WEB,
-    WORLD,
-    Node,
-    canonical,
-    elements,
-    fresh,
-    peers_of,
-    set_of,
-)
+from support.nftnode import FRAME, KIND, Node, canonical, elements, fresh, peers_of, set_of
 from support.policyworld import BOTH, cluster, pod, pods, policy, rule
 from support.rulesets import ruleset_of
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.iptables_node import ALLOW, FRAME, WORLD
+from support.firewall_world import ALLOW, FRAME, WORLD
 from support.iptables_walk import tokens
 from support.policyworld import BOTH, cluster
 from support.rulesets import ruleset_of
@@ -18,9 +18,9 @@ from kube_router.workers.firewall.familychains import insertions
 from kube_router.workers.firewall.iptablesplan import (
     describe,
     digest_of,
+    is_our_jump,
     jump_steps,
     plan_lines,
-    removal_steps,
     to_remove,
     to_write,
 )
@@ -191,12 +191,12 @@ def test_our_jump_is_first_and_alone(forward: tuple[RuleText, ...], steps: list[
     assert rules == [JUMP, *(rule for rule in forward if rule not in (JUMP, OLD_JUMP))]
 
 
-def test_all_of_our_jumps_can_be_taken_away_and_nobody_else_s() -> None:
-    steps = removal_steps(hooks(THEIR_JUMP, JUMP, MINE))
-    assert [(step.verb, step.chain, step.rule) for step in steps] == [
-        ("delete", "INPUT", jump_rule("INPUT")),
-        ("delete", "OUTPUT", jump_rule("OUTPUT")),
-        ("delete", "FORWARD", JUMP),
+def test_our_jumps_are_told_from_everybody_else_s() -> None:
+    standing = hooks(THEIR_JUMP, JUMP, MINE)
+    assert [(hook, text) for hook, rules in standing.items() for text in rules if is_our_jump(text)] == [
+        ("INPUT", jump_rule("INPUT")),
+        ("OUTPUT", jump_rule("OUTPUT")),
+        ("FORWARD", JUMP),
     ]
 
 

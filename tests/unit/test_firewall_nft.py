@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.nftnode import ALLOW, DENY, FRAME, WORLD
+from support.firewall_world import ALLOW, DENY, WORLD
+from support.nftnode import FRAME
 from support.policyworld import BOTH, block, cluster, pod, policy, port, rule
 from support.rulesets import ruleset_of
 

@@ -83,11 +83,6 @@ def is_our_jump(text: RuleText) -> bool:
     return _JUMP.fullmatch(text) is not None
 
 
-def removal_steps(hooks: Mapping[str, Sequence[RuleText]]) -> tuple[RuleStep, ...]:
-    """Steps that take all of our rules out of the built-in chains."""
-    return tuple(RuleStep("delete", hook, text) for hook, rules in hooks.items() for text in rules if is_our_jump(text))
-
-
 def plan_lines(plan: ChainPlan) -> Iterator[str]:
     """The plan for people: a line for every rule, chain or step, each with its family."""
     for chain, rules in plan.write.items():

@@ -12,7 +12,6 @@ import socket
 import struct
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from kube_router.workers.kernel.monitor import nft_generation
 from kube_router.workers.kernel.netlink import (
@@ -136,13 +135,6 @@ class ElementChange:
     name: str
     add: Collection[Key] = ()
     delete: Collection[Key] = ()
-
-
-class MapElement(NamedTuple):
-    """Where a verdict map leads a key."""
-
-    key: Key
-    chain: str
 
 
 class ElementDriver:
