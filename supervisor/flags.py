@@ -1,4 +1,4 @@
-"""The flags of ``kube-router``: the 79 of upstream v2.11 with their types and defaults, and five of our own.
+"""The flags of ``kube-router``: the 79 of upstream v2.11 with their types and defaults, and those of our own.
 
 Pure: a table. The names, types and defaults are a contract with every manifest that exists; the help is in our words.
 """
@@ -166,6 +166,31 @@ OWN_FLAGS: tuple[Flag, ...] = (
         "bool",
         "false",
         "Cut open connections of pods that a changed NetworkPolicy forbids.",
+    ),
+    _flag(
+        "flags-file",
+        "string",
+        "",
+        "File with flags, one a line, followed while the agent runs; the command line wins over it.",
+    ),
+    _flag(
+        "overlay-encap-accept-ports",
+        "uints",
+        "",
+        "UDP ports on which 'fou' traffic is taken too: for a change of --overlay-encap-port without loss.",
+    ),
+    _flag("bgp-max-prefixes", "uint32", "50000", "Most prefixes of one family taken from one BGP peer; 0: any number."),
+    _flag(
+        "bgp-accept-covering-prefixes",
+        "bool",
+        "false",
+        "Take learned prefixes that cover the node's addresses, its pod CIDRs or the ranges of Services.",
+    ),
+    _flag(
+        "bgp-long-lived-graceful-restart-time",
+        "duration",
+        "0s",
+        "How long peers keep our routes, as a last choice, beyond --bgp-graceful-restart-time (RFC 9494); 0s: not.",
     ),
 )
 """What upstream does not have."""

@@ -103,6 +103,21 @@ def ports(values: Sequence[int]) -> tuple[int, ...]:
     return tuple(values)
 
 
+def encap_ports(values: Sequence[int]) -> tuple[int, ...]:
+    """UDP ports of tunnels."""
+    for item, value in enumerate(values, 1):
+        if not 1024 <= value <= 65535:
+            raise ValueError(f"item {item} must be from 1024 to 65535")
+    return tuple(dict.fromkeys(values))
+
+
+def long_lived(value: int) -> float:
+    """Zero, or what 24 bits of seconds hold (RFC 9494 section 3)."""
+    if not 0 <= value < 2**24 * SECOND:
+        raise ValueError(f"must be from 0s to {govalues.format_duration((2**24 - 1) * SECOND)}")
+    return seconds(value)
+
+
 def peer_asns(values: Sequence[int]) -> tuple[int, ...]:
     """ASNs that a peer may have."""
     for item, value in enumerate(values, 1):
@@ -287,6 +302,8 @@ RULES: dict[str, Rule] = {
     "overlay-type": one_of("subnet", "full"),
     "overlay-encap": one_of("ipip", "fou"),
     "overlay-encap-port": number(1024, 65535),
+    "overlay-encap-accept-ports": encap_ports,
+    "bgp-long-lived-graceful-restart-time": long_lived,
     "routes-sync-period": period,
     "injected-routes-sync-period": period,
     "ipvs-sync-period": period,

@@ -27,7 +27,7 @@ NOT_SETTINGS = frozenset(("help", "version", "cleanup-config", "peer-router-pass
 """Flags that are not fields of `Settings`: what they ask is done at once, or secret."""
 CLIENT_FLAGS = frozenset(("kubeconfig", "master", "manifests"))
 """Flags that say where the cluster's state comes from; upstream reports a fault of theirs by other words."""
-PATH_FLAGS = frozenset(("kubeconfig", "manifests", "peer-router-passwords-file", "run-dir", "state-dir"))
+PATH_FLAGS = frozenset(("kubeconfig", "manifests", "peer-router-passwords-file", "run-dir", "state-dir", "flags-file"))
 """Flags whose relative paths count from the agent's working directory (workers have another one)."""
 RANGE_FLAGS = ("service-cluster-ip-range", "service-external-ip-range", "loadbalancer-ip-range")
 GRACEFUL_FLAGS = frozenset(("bgp-graceful-restart-time", "bgp-graceful-restart-deferral-time"))

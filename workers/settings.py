@@ -111,6 +111,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     loadbalancer_default_class: bool = True
     loadbalancer_sync_period: float = 60.0
     # ours
+    flags_file: str = ""
+    overlay_encap_accept_ports: tuple[int, ...] = ()
+    bgp_max_prefixes: int = 50_000
+    bgp_accept_covering_prefixes: bool = False
+    bgp_long_lived_graceful_restart_time: float = 0.0
     manifests: str = ""
     run_dir: str = "/run/kube-router"
     state_dir: str = "/var/lib/kube-router"

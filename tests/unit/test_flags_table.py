@@ -100,6 +100,11 @@ OURS = {
     "state-dir": ("string", "/var/lib/kube-router"),
     "log-format": ("string", "text"),
     "netpol-recheck-established": ("bool", "false"),
+    "flags-file": ("string", ""),
+    "overlay-encap-accept-ports": ("uints", ""),
+    "bgp-max-prefixes": ("uint32", "50000"),
+    "bgp-accept-covering-prefixes": ("bool", "false"),
+    "bgp-long-lived-graceful-restart-time": ("duration", "0s"),
 }
 EXPECTED = {
     name: (kind, ast.literal_eval(default) * 10**9) if kind == "duration" else (kind, ast.literal_eval(default))
@@ -110,7 +115,7 @@ EXPECTED = {
 def test_upstream_has_79_flags() -> None:
     assert len(EXPECTED) == 79
     assert len(UPSTREAM_FLAGS) == 79
-    assert len({flag.name for flag in FLAGS}) == 84
+    assert len({flag.name for flag in FLAGS}) == 89
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -31,11 +31,34 @@ class Speaker:
 
 
 @dataclass(frozen=True, slots=True)
+class GracefulRestart:
+    """What is offered for a restart of the speaker (RFC 4724; ``long_lived_seconds``: RFC 9494, 0: not offered).
+
+    ``deferral_seconds``: how long a restarted speaker waits for its peers' End-of-RIB before it announces.
+    """
+
+    restart_seconds: int
+    deferral_seconds: int
+    long_lived_seconds: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Bfd:
+    """Liveness detection beside a session (RFC 5880). Intervals in milliseconds."""
+
+    port: int = 3784
+    multiplier: int = 3
+    send_milliseconds: int = 1000
+    receive_milliseconds: int = 1000
+
+
+@dataclass(frozen=True, slots=True)
 class Neighbor:
     """One BGP session to hold.
 
     ``asn`` 0: whatever the peer says; ``hold_seconds`` as offered; ``multihop_ttl`` 0: none. ``password`` is the
-    TCP-MD5 key (RFC 2385); it never shows in text.
+    TCP-MD5 key (RFC 2385); it never shows in text. ``cluster_id``: we reflect routes to this peer as our client
+    (RFC 4456), empty: we do not. ``most_prefixes``: of one family, 0: any number.
     """
 
     address: str
@@ -46,6 +69,10 @@ class Neighbor:
     hold_seconds: int = NODE_HOLD_SECONDS
     multihop_ttl: int = 0
     password: str = field(default="", repr=False)
+    cluster_id: str = ""
+    graceful_restart: GracefulRestart | None = None
+    bfd: Bfd | None = None
+    most_prefixes: int = 0
 
     def __str__(self) -> str:
         families = "+".join(map(str, self.families)) or "no family"
@@ -68,6 +95,21 @@ class PrefixRange:
 
     def __str__(self) -> str:
         return f"{self.prefix} {self.shortest}..{self.longest}"
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """What a statement does to a path that it lets pass.
+
+    ``next_hop_self``: the session's own address becomes the next hop. ``prepend``: (AS number, how often).
+    ``communities`` (RFC 1997) as ``a:b`` and ``large_communities`` (RFC 8092) as ``a:b:c``, canonical, added to the
+    path's own.
+    """
+
+    next_hop_self: bool = False
+    prepend: tuple[int, int] | None = None
+    communities: tuple[str, ...] = ()
+    large_communities: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,21 @@ PEER_PORTS = ANNOTATION_PREFIX + "peer.ports"
 PEER_PASSWORDS = ANNOTATION_PREFIX + "peer.passwords"
 PEER_LOCAL_IPS = ANNOTATION_PREFIX + "peer.localips"
 
+RR_SERVER = ANNOTATION_PREFIX + "rr.server"
+RR_CLIENT = ANNOTATION_PREFIX + "rr.client"
+PREPEND_AS = ANNOTATION_PREFIX + "path-prepend.as"
+PREPEND_REPEAT = ANNOTATION_PREFIX + "path-prepend.repeat-n"
+COMMUNITIES = ANNOTATION_PREFIX + "node.bgp.communities"
+LARGE_COMMUNITIES = ANNOTATION_PREFIX + "node.bgp.large-communities"
+"""Ours: kube-router has no large communities (RFC 8092)."""
+CUSTOM_IMPORT_REJECT = ANNOTATION_PREFIX + "node.bgp.customimportreject"
+
+ADVERTISE_CLUSTER_IP = ANNOTATION_PREFIX + "service.advertise.clusterip"
+ADVERTISE_EXTERNAL_IP = ANNOTATION_PREFIX + "service.advertise.externalip"
+ADVERTISE_LOADBALANCER_IP = ANNOTATION_PREFIX + "service.advertise.loadbalancerip"
+SERVICE_LOCAL = ANNOTATION_PREFIX + "service.local"
+SKIP_LOADBALANCER_IPS = ANNOTATION_PREFIX + "service.skiplbips"
+
 UNBUILT_ANNOTATIONS = tuple(
     ANNOTATION_PREFIX + name
     for name in (
