@@ -6,12 +6,13 @@ export PYTHONSAFEPATH := 1
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH:/usr/local/sbin:/usr/sbin:/sbin" .venv/bin/python -P
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab-up lab-down test bench lint clean setup-demo setup-test types-tree
+.PHONY: help demo lab-up lab-down test vm-shell bench lint clean setup-demo setup-test types-tree
 
 help:
 	@echo "make demo      three nodes in network namespaces: pings, policies, workers killed, one table"
 	@echo "make lab-up    the same three nodes, left standing for you to try; make lab-down removes them"
 	@echo "make test      every test; make test ARGS='-k ipset tests/unit' for some"
+	@echo "make vm-shell  a shell in the virtual machine in which tests/vm runs"
 	@echo "make bench     measure into build/bench.json; make bench ONLY=id for one"
 	@echo "make lint      ruff, import-linter, mypy"
 	@echo "make clean     remove what was built here (.venv too)"
@@ -39,6 +40,11 @@ test:
 	$(need_root)
 	@$(MAKE) --no-print-directory setup-test
 	@$(RUN) -m pytest $(ARGS)
+
+vm-shell:
+	$(need_root)
+	@$(MAKE) --no-print-directory setup-test
+	@PYTHONPATH=tests $(RUN) -m support.vm
 
 bench:
 	$(need_root)
