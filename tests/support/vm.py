@@ -64,7 +64,7 @@ def modprobe(*names: str) -> None:
 
 
 def newest_kernel(boot: Path = Path("/boot"), modules: Path = Path("/lib/modules")) -> Path:
-    """The newest Debian kernel for machines (not the cloud or real-time kind) whose modules are there; raises VmError."""
+    """The newest Debian kernel that is here with its modules, no cloud or real-time one; raises VmError."""
     found = [
         path
         for path in boot.glob("vmlinuz-*-amd64")
