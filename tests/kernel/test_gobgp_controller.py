@@ -13,7 +13,7 @@ from support.bgp import node
 from support.gobgpd import BINARIES, PORT, Daemon, Outsider, daemons, segment, wait_for
 from support.namespaces import Namespace, namespaces
 
-from kube_router.ipc.messages import Node, SourceState
+from kube_router.ipc.messages import EndpointSlice, Kind, Node, Service, SourceState
 from kube_router.ipc.replica import Changes, Cluster
 from kube_router.workers.model import Family, Outcome
 from kube_router.workers.router.bgpstate import OPEN, BgpState, Neighbor, Speaker
@@ -41,6 +41,8 @@ class Driven:
         with namespace.enter():
             self.controller = RouterController(Settings(**values), Secrets())  # type: ignore[arg-type]
         self.nodes: Mapping[str, Node] = {"a": A, "b": B}
+        self.services: Mapping[str, Service] = {}
+        self.slices: Mapping[str, EndpointSlice] = {}
         self.outcome = Outcome()
         self.asked: list[tuple[frozenset[str] | None, bool]] = []
         self.started = False
@@ -59,9 +61,12 @@ class Driven:
         state = SourceState(source="test", in_sync=not stale, stale=stale)
         trigger = Trigger(start=not self.started, retry=retry, changes=changes or {})
         with self.namespace.enter():
-            self.outcome = self.controller.reconcile(Cluster(state, {"nodes": self.nodes}), trigger)
+            self.outcome = self.controller.reconcile(Cluster(state, self.objects()), trigger)
         self.started = True
         return self.outcome
+
+    def objects(self) -> dict[Kind, Mapping[str, Any]]:
+        return {"nodes": self.nodes, "services": self.services, "endpointslices": self.slices}
 
     def turn(self) -> None:
         with self.namespace.enter():

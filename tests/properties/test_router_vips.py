@@ -28,7 +28,7 @@ def some(*values: str) -> st.SearchStrategy[tuple[str, ...]]:
     return st.lists(st.sampled_from(values), max_size=3, unique=True).map(tuple)
 
 
-annotations = st.dictionaries(
+notes = st.dictionaries(
     st.sampled_from(
         [support.PREFIX + name for name in ("advertise.clusterip", "advertise.externalip", "advertise.loadbalancerip")]
     ),
@@ -42,7 +42,7 @@ services = st.builds(
         name=name, namespace="shop", annotations={**notes, **more}, ingress=tuple(entries), **fields
     ),
     name=st.sampled_from(NAMES),
-    notes=annotations,
+    notes=notes,
     more=more_annotations,
     type=st.sampled_from(("ClusterIP", "NodePort", "LoadBalancer", "ExternalName")),
     cluster_ips=st.one_of(some(*IPS["cluster"]), st.just(("None",))),

@@ -9,6 +9,7 @@ from kube_router.ipc.messages import Node, NodeAddress
 from kube_router.workers.nodefacts import node_facts
 from kube_router.workers.router.bgpstate import FRESH, BgpState, Speaker
 from kube_router.workers.router.desired import DesiredBgp, desired_bgp
+from kube_router.workers.router.vips import NO_VIPS, Vips
 from kube_router.workers.settings import Secrets, Settings
 
 
@@ -26,13 +27,18 @@ def node(
 
 
 def asking(
-    own: Node, *others: Node, actual: BgpState = FRESH, passwords: Sequence[str] = (), **flags: Any
+    own: Node,
+    *others: Node,
+    actual: BgpState = FRESH,
+    passwords: Sequence[str] = (),
+    vips: Vips = NO_VIPS,
+    **flags: Any,
 ) -> DesiredBgp:
     """What node ``own`` of a dual-stack cluster is to do; ``flags`` are fields of `Settings`."""
     settings = Settings(**{"enable_ipv6": True, "node_name": own.name, **flags})
     facts = [node_facts(item, settings.families) for item in (own, *others)]
     secrets = Secrets(peer_router_passwords=tuple(passwords))
-    return desired_bgp(own, facts[0], facts, settings, secrets, actual)
+    return desired_bgp(own, facts[0], facts, settings, secrets, actual, vips)
 
 
 def own_state(speaker_asn: int = 64512) -> BgpState:

@@ -27,6 +27,7 @@ from kube_router.workers.router.gobgp.client import Client, GobgpError, connect
 from kube_router.workers.router.gobgp.watch import Watch
 from kube_router.workers.router.plan import diff
 from kube_router.workers.router.rib import Rib
+from kube_router.workers.router.vips import NO_VIPS
 from kube_router.workers.settings import Secrets, Settings
 
 TOOLS = Path(os.environ.get("KUBE_ROUTER_TOOLS", Path.home() / ".cache" / "kube-router-tools"))
@@ -101,6 +102,7 @@ class Speaker:
         self.bgp = Bgp(self.settings, self.secrets)
         self.cluster: dict[str, Node] = {}
         self.keep = False
+        self.vips = NO_VIPS
         self.outcome = Outcome()
         self.writes = 0
         self._fresh = True
@@ -128,6 +130,7 @@ class Speaker:
             own,
             node_facts(own, self.settings.families),
             facts,
+            self.vips,
             compare=compare or self._fresh,
             observe=observe,
             retry=retry,

@@ -52,7 +52,7 @@ def service(
     )
 
 
-def endpoint(*addresses: str, node: str | None = OWN, **conditions: bool | None) -> Endpoint:
+def endpoint(*addresses: str, node: str | None = OWN, **conditions: Any) -> Endpoint:
     """One endpoint."""
     return Endpoint(addresses=addresses, node_name=node, **conditions)
 

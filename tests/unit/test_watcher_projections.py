@@ -374,8 +374,8 @@ def test_every_worker_is_in_the_table_and_every_kind_has_a_reader() -> None:
 @pytest.mark.parametrize(
     ("settings", "kinds"),
     [
-        (Settings(run_firewall=False, unbuilt_workers=("proxy",)), ("nodes",)),
-        (Settings(unbuilt_workers=("proxy",)), ("nodes", "pods", "services", "networkpolicies", "namespaces")),
+        (Settings(run_firewall=False, unbuilt_workers=("proxy",)), ("nodes", "services", "endpointslices")),
+        (Settings(unbuilt_workers=("proxy",)), KINDS),
         (Settings(), KINDS),
         (
             Settings(run_router=False, run_service_proxy=False),

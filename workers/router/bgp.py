@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import select
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +22,22 @@ from kube_router.ipc.messages import Component, Node, Notice, Session
 from kube_router.workers.model import Failure, Outcome
 from kube_router.workers.nodefacts import NodeFacts
 from kube_router.workers.router import names
-from kube_router.workers.router.bgpstate import BgpState, Speaker
+from kube_router.workers.router.bgpstate import BgpState, Policies, Speaker, is_host_prefix
 from kube_router.workers.router.desired import DesiredBgp, desired_bgp
 from kube_router.workers.router.gobgp.client import Client, GobgpError, connect
 from kube_router.workers.router.gobgp.watch import Taken, Watch
-from kube_router.workers.router.plan import AddPath, Plan, Readvertise, ReplaceDaemon, StartSpeaker, diff, kept
+from kube_router.workers.router.plan import (
+    AddPath,
+    Plan,
+    Readvertise,
+    RemovePath,
+    ReplaceDaemon,
+    StartSpeaker,
+    diff,
+    kept,
+)
 from kube_router.workers.router.rib import Rib
+from kube_router.workers.router.vips import Vips
 from kube_router.workers.runtime import Clock, SystemClock
 from kube_router.workers.settings import Secrets, Settings
 
@@ -203,6 +214,7 @@ class Bgp:
         own_node: Node,
         own: NodeFacts,
         nodes: Sequence[NodeFacts],
+        vips: Vips,
         *,
         compare: bool,
         observe: bool,
@@ -223,7 +235,7 @@ class Bgp:
                 due = compare or observe or keep != self._compared_with_keep or self._watch is None
                 self._read_table(self._client)
                 if due or (retry and self._failures):
-                    self._compare(self._client, own_node, own, nodes, observe, keep, work)
+                    self._compare(self._client, own_node, own, nodes, vips, observe, keep, work)
                 self._look_at_sessions(self._client, work)
         except GobgpError as error:
             self._detach()
@@ -251,6 +263,7 @@ class Bgp:
         own_node: Node,
         own: NodeFacts,
         nodes: Sequence[NodeFacts],
+        vips: Vips,
         observe: bool,
         keep: bool,
         work: _Work,
@@ -259,14 +272,14 @@ class Bgp:
             actual = client.observe(dict(self._rib.local) if self._complete else None)
         else:
             actual = self._believed
-        self._desired = desired_bgp(own_node, own, nodes, self._settings, self._secrets, actual)
+        self._desired = desired_bgp(own_node, own, nodes, self._settings, self._secrets, actual, vips)
         wanted = self._desired.state
         plan = diff(actual, wanted, keep=keep)
         if keep and actual.speaker is not None:
             wanted = kept(actual, wanted)
         self._compared_with_keep = keep
         began = self._clock.monotonic()
-        self._failures = self._refuse_loop(plan, actual) or self._apply(client, plan, work)
+        self._failures = self._refuse_loop(plan, actual) or self._apply(client, plan, wanted.policies, work)
         if plan.steps:
             work.observations["controller_bgp_internal_peers_sync_time"] = (self._clock.monotonic() - began,)
             self._sessions_at = began
@@ -291,7 +304,7 @@ class Bgp:
                 self._restarted_for = desired
         return ()
 
-    def _apply(self, client: Client, plan: Plan, work: _Work) -> tuple[Failure, ...]:
+    def _apply(self, client: Client, plan: Plan, policies: Policies, work: _Work) -> tuple[Failure, ...]:
         for step in plan.steps:
             loud = isinstance(step, ReplaceDaemon)
             log.log(logging.WARNING if loud else logging.INFO, "%s", str(step).partition("\n")[0].rstrip(":"))
@@ -300,9 +313,8 @@ class Bgp:
             self._settled = False
         done, failures = client.apply(plan)
         work.writes += done
-        sent = sum(isinstance(step, AddPath | Readvertise) for step in plan.steps)
-        if sent:
-            work.counters['controller_bgp_advertisements_sent{type="pod-route"}'] = sent
+        for kind, number in _advertisements(plan, policies).items():
+            work.counters[f'controller_bgp_advertisements_sent{{type="{kind}"}}'] = number
         return failures
 
     def _look_at_sessions(self, client: Client, work: _Work) -> None:
@@ -344,3 +356,16 @@ class Bgp:
             sessions=self._sessions,
             retry_after=min(work.retries) if work.retries else None,
         )
+
+
+def _advertisements(plan: Plan, policies: Policies) -> Mapping[str, int]:
+    """How much the steps of a plan announce and withdraw, by the type that kube-router's metric gives it."""
+    sent: Counter[str] = Counter()
+    pods = {item.prefix for name in names.POD_CIDR_SETS.values() for item in policies.prefix_sets.get(name, ())}
+    for step in plan.steps:
+        match step:
+            case AddPath(prefix) | Readvertise(prefix):
+                sent["pod-route" if prefix in pods else "advertise-vip"] += 1
+            case RemovePath(prefix) if is_host_prefix(prefix):
+                sent["withdraw-vip"] += 1
+    return sent

@@ -177,5 +177,15 @@ class BgpState:
     neighbors: Mapping[str, Neighbor] = field(default_factory=dict)
 
 
+def host_prefix(address: str) -> str:
+    """The prefix of one address in canonical text: /32 or /128."""
+    return f"{address}/128" if ":" in address else f"{address}/32"
+
+
+def is_host_prefix(prefix: str) -> bool:
+    """Whether a canonical prefix holds one address."""
+    return prefix.endswith("/128" if ":" in prefix else "/32")
+
+
 FRESH = BgpState(speaker=None, export=OPEN, import_=OPEN)
 """gobgpd as it is right after its start."""

@@ -8,7 +8,7 @@ the short way from gobgpd's event to one netlink message, without a look at the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from kube_router.ipc.messages import Component, Key, Kind, Node, Notice
 from kube_router.ipc.replica import Cluster
@@ -16,6 +16,7 @@ from kube_router.workers.model import Failure, Outcome
 from kube_router.workers.nodefacts import NodeFacts, node_facts
 from kube_router.workers.router.bgp import Bgp
 from kube_router.workers.router.dataplane import Dataplane
+from kube_router.workers.router.vips import Vips, VipTable
 from kube_router.workers.runtime import Clock, SystemClock, Trigger
 from kube_router.workers.settings import Secrets, Settings
 
@@ -28,7 +29,7 @@ class RouterController:
     """Implements `workers.runtime.Controller`."""
 
     name = "router"
-    kinds: tuple[Kind, ...] = ("nodes",)
+    kinds: tuple[Kind, ...] = ("nodes", "services", "endpointslices")
 
     def __init__(
         self, settings: Settings, secrets: Secrets, *, bgp: Bgp | None = None, clock: Clock | None = None
@@ -42,6 +43,9 @@ class RouterController:
         self._facts: dict[Key, tuple[Node, NodeFacts]] = {}
         self._nodes: tuple[NodeFacts, ...] = ()
         self._seen: Mapping[Key, Node] | None = None
+        self._vips = VipTable(settings)
+        self._vips_followed = False
+        self._announced: Vips | None = None
         self._dataplane_woken = False
         self._dataplane_failed = True
         self._held = (True, True)
@@ -75,23 +79,7 @@ class RouterController:
             return Outcome(failures=(Failure("node", text),))
         own = self._facts[own_node.key][1]
         keep = not cluster.state.in_sync
-        changed_cluster = trigger.start or trigger.confirmed or bool(trigger.changes)
-        # The loop's own period begins anew at each call, and calls for the sake of routes come more often than that.
-        observe = self._clock.monotonic() >= self._bgp_full_at
-        bgp = _guarded(
-            "BGP",
-            lambda: self._bgp.reconcile(
-                own_node,
-                own,
-                self._nodes,
-                compare=changed_cluster,
-                observe=observe,
-                retry=trigger.retry,
-                keep=keep,
-            ),
-        )
-        if observe:
-            self._bgp_full_at = self._clock.monotonic() + self.period
+        bgp = _guarded("BGP", lambda: self._sync_bgp(own_node, own, cluster, trigger, keep))
         dataplane = _guarded("dataplane", lambda: self._sync_dataplane(own, trigger, keep))
         return self._joined(own_node, own, bgp, dataplane, keep)
 
@@ -108,6 +96,31 @@ class RouterController:
             facts[key] = known if unchanged and known else (node, node_facts(node, self._settings.families))
         self._facts, self._seen = facts, nodes
         self._nodes = tuple(item[1] for item in facts.values())
+
+    def _sync_bgp(self, own_node: Node, own: NodeFacts, cluster: Cluster, trigger: Trigger, keep: bool) -> Outcome:
+        vips = self._follow_services(own, cluster, trigger)
+        # Services and slices change all the time; what counts is whether that changed an address to announce.
+        changed = (
+            trigger.start or trigger.confirmed or bool(trigger.changes.get("nodes")) or vips is not self._announced
+        )
+        # The loop's own period begins anew at each call, and calls for the sake of routes come more often than that.
+        observe = self._clock.monotonic() >= self._bgp_full_at
+        outcome = self._bgp.reconcile(
+            own_node, own, self._nodes, vips, compare=changed, observe=observe, retry=trigger.retry, keep=keep
+        )
+        if not outcome.failures:
+            self._announced = vips
+        if observe:
+            self._bgp_full_at = self._clock.monotonic() + self.period
+        return outcome
+
+    def _follow_services(self, own: NodeFacts, cluster: Cluster, trigger: Trigger) -> Vips:
+        """Let the table of VIPs take the changes, or all of the cluster the first time, or after an error."""
+        followed, self._vips_followed = self._vips_followed, False
+        changes = trigger.changes if followed else None
+        vips = self._vips.update(own, cluster.services, cluster.endpointslices, changes)
+        self._vips_followed = True
+        return vips
 
     def _sync_dataplane(self, own: NodeFacts, trigger: Trigger, keep: bool) -> Outcome:
         self._bgp.listen()
@@ -153,8 +166,12 @@ class RouterController:
         return Outcome(
             writes=bgp.writes + dataplane.writes,
             failures=(*bgp.failures, *dataplane.failures),
-            warnings=tuple(dict.fromkeys((*(item.text for item in problems), *bgp.warnings, *dataplane.warnings))),
-            notices=(*notices, *bgp.notices, *dataplane.notices),
+            warnings=tuple(
+                dict.fromkeys(
+                    (*(item.text for item in problems), *bgp.warnings, *self._vips.lines, *dataplane.warnings)
+                )
+            ),
+            notices=(*notices, *bgp.notices, *self._service_notices(own), *dataplane.notices),
             counts={**bgp.counts, **dataplane.counts},
             counters={**bgp.counters, **dataplane.counters},
             observations={**bgp.observations, **dataplane.observations},
@@ -162,6 +179,17 @@ class RouterController:
             sessions=bgp.sessions,
             retry_after=min(retries),
         )
+
+    def _service_notices(self, own: NodeFacts) -> Iterator[Notice]:
+        """Events on Services. Every node finds the same faults, so one of them tells: the first by name."""
+        if self._nodes[0].name != own.name:
+            return
+        for item in self._vips.problems:
+            namespace, _, name = item.key.partition("/")
+            reason, text = item.problem.reason, item.problem.text
+            yield Notice(
+                worker=self.name, kind="Service", namespace=namespace, name=name, uid=item.uid, reason=reason, text=text
+            )
 
 
 def _guarded(half: str, work: Callable[[], Outcome]) -> Outcome:

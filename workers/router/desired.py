@@ -19,9 +19,10 @@ from kube_router.ipc.messages import Node
 from kube_router.workers.model import Family, IPAddress
 from kube_router.workers.nodefacts import NODE_ASN, NodeFacts, Problem, parse_address
 from kube_router.workers.router import names
-from kube_router.workers.router.bgpstate import BgpState, Neighbor, Speaker
+from kube_router.workers.router.bgpstate import BgpState, Neighbor, Speaker, host_prefix
 from kube_router.workers.router.peers import ExternalPeers, bfd_wanted, external_peers
 from kube_router.workers.router.policies import desired_policies
+from kube_router.workers.router.vips import Vips
 from kube_router.workers.settings import Secrets, Settings
 
 DEFAULT_ASN = 64512
@@ -47,6 +48,7 @@ def desired_bgp(
     settings: Settings,
     secrets: Secrets,
     actual: BgpState,
+    vips: Vips,
 ) -> DesiredBgp:
     """``nodes`` are the facts of all nodes, the own one included; ``actual`` is what gobgpd has."""
     problems: list[Problem] = []
@@ -70,7 +72,7 @@ def desired_bgp(
             advertise_pod_cidr=settings.advertise_pod_cidr,
             override_next_hop=settings.override_nexthop,
         ),
-        paths=_paths(own),
+        paths=_paths(own, vips),
         neighbors={**internal, **external},
     )
     return DesiredBgp(state, tuple(problems), tuple(_unbuilt(own_node.annotations, settings, own.name)))
@@ -79,14 +81,14 @@ def desired_bgp(
 def with_last_good(own: NodeFacts, actual: BgpState, families: Sequence[Family], problems: list[Problem]) -> NodeFacts:
     """``own``, completed for each enabled family that has lost its address or pod CIDRs by what gobgpd announces.
 
-    gobgpd's own paths say both: prefix and next hop. (Paths of service addresses, once they exist, do not count.)
+    gobgpd's own paths say both: prefix and next hop. Which of them are pod CIDRs, the policies' sets say: the others
+    are Service addresses.
     """
     addresses, pod_cidrs, primary = list(own.addresses), list(own.pod_cidrs), own.primary
     for family in families:
         held = {
             ipaddress.ip_network(prefix): ipaddress.ip_address(next_hop)
-            for prefix, next_hop in actual.paths.items()
-            if ipaddress.ip_network(prefix).version == family
+            for prefix, next_hop in _pod_cidr_paths(actual, family)
         }
         if not own.pod_cidrs_of(family):
             kept = f"; {' '.join(map(str, held))} stays announced" if held else "; none is announced"
@@ -237,12 +239,19 @@ def _running_externals(actual: BgpState) -> Iterator[str]:
                 yield address
 
 
-def _paths(own: NodeFacts) -> Mapping[str, str]:
-    """Own pod CIDRs by next hop: the best address of the same family."""
-    hops = {family: own.address(family) for family in Family}
-    return {
-        str(cidr): str(hops[Family(cidr.version)]) for cidr in own.pod_cidrs if hops[Family(cidr.version)] is not None
-    }
+def _pod_cidr_paths(actual: BgpState, family: Family) -> Iterator[tuple[str, str]]:
+    """Prefix and next hop of what originates here and is a pod CIDR; the rest are Service addresses."""
+    for item in sorted(actual.policies.prefix_sets.get(names.POD_CIDR_SETS[family], ())):
+        if item.prefix in actual.paths:
+            yield item.prefix, actual.paths[item.prefix]
+
+
+def _paths(own: NodeFacts, vips: Vips) -> Mapping[str, str]:
+    """Own pod CIDRs and Service addresses by next hop: the best address of the same family."""
+    hops = {family: str(own.address(family) or "") for family in Family}
+    pods = ((str(cidr), hops[Family(cidr.version)]) for cidr in own.pod_cidrs)
+    services = ((host_prefix(vip), hops[Family.IPV6 if ":" in vip else Family.IPV4]) for vip in vips.advertised)
+    return {prefix: hop for prefix, hop in (*pods, *services) if hop}
 
 
 def _unbuilt(annotations: Mapping[str, str], settings: Settings, node: str) -> Iterator[str]:

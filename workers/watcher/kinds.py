@@ -11,7 +11,7 @@ from kube_router.ipc.messages import KINDS, Kind, Pod, Projection
 from kube_router.workers.settings import Settings
 
 WORKER_KINDS: dict[str, tuple[Kind, ...]] = {
-    "router": ("nodes",),
+    "router": ("nodes", "services", "endpointslices"),
     "cni": ("nodes",),
     "firewall": ("nodes", "pods", "services", "networkpolicies", "namespaces"),
     "proxy": ("services", "endpointslices", "pods"),
