@@ -14,16 +14,28 @@ Prefix = NewType("Prefix", str)
 
 
 class Route(NamedTuple):
-    """A unicast route of ours without metric. ``gateway`` is a canonical address.
+    """A unicast route of ours without metric: by a ``gateway`` (canonical address) or through a tunnel ``device``.
 
-    An empty gateway is how a route of ours looks that some other hand altered (several next hops, a device only): it
-    equals nothing that we want, so it is replaced.
+    ``source`` is the preferred source address; ``mtu`` and ``advmss`` in bytes, 0 for none. A route of ours that some
+    other hand altered (several next hops, another device) equals nothing that we want, so it is replaced.
     """
 
     gateway: str
+    device: str = ""
+    source: str = ""
+    mtu: int = 0
+    advmss: int = 0
+
+    @property
+    def way(self) -> str:
+        """Where it leads, in `ip route`'s words."""
+        return f"dev {self.device}" if self.device else f"via {self.gateway or '?'}"
 
     def __str__(self) -> str:
-        return f"via {self.gateway or '?'} proto 17"
+        words = [self.way, *([f"src {self.source}"] if self.source else []), "proto 17"]
+        words += [f"mtu {self.mtu}"] if self.mtu else []
+        words += [f"advmss {self.advmss}"] if self.advmss else []
+        return " ".join(words)
 
 
 class Stray(NamedTuple):

@@ -27,10 +27,10 @@ OTHER_ENCAPSULATION = -1
 class Tunnel(NamedTuple):
     """One point-to-point tunnel device of kind ``ipip`` or ``ip6tnl``; its name stands beside it.
 
-    ``local`` and ``remote`` are canonical addresses, empty for "any". ``port`` is the UDP port of GUE, `PLAIN` for none.
-    ``ttl`` 0: that of the inner packet. ``pmtudisc``: always "don't fragment" outside (IPv4 only). ``mtu`` in bytes; 0 in
-    a desired value leaves it to the kernel. ``link``: index of the device it is bound to, 0 for none. ``limit``: IPv6's
-    encapsulation limit option, 8 bytes a packet, is on. ``up``: the administrative state.
+    ``local`` and ``remote`` are canonical addresses, empty for "any". ``port`` is the UDP port of GUE, `PLAIN` for
+    none. ``ttl`` 0: that of the inner packet. ``pmtudisc``: always "don't fragment" outside (IPv4 only). ``mtu`` in
+    bytes; 0 in a desired value leaves it to the kernel. ``link``: index of the device it is bound to, 0 for none.
+    ``limit``: IPv6's encapsulation limit option, 8 bytes a packet, is on. ``up``: the administrative state.
     """
 
     local: str
@@ -94,7 +94,7 @@ class FouPort(NamedTuple):
 
 
 class PodRule(NamedTuple):
-    """The policy rule ``from <source> lookup 77``; ``protocol`` tells who made it, ``priority`` is the kernel's choice."""
+    """The policy rule ``from <source> lookup 77``; ``protocol`` tells who made it; the kernel chose ``priority``."""
 
     source: str
     protocol: int = 17

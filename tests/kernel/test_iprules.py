@@ -1,4 +1,4 @@
-"""The driver of the pods' policy rules on the real kernel: what it sees, adds and deletes, and whose it leaves alone."""
+"""The driver of the pods' policy rules on the real kernel: what it sees, adds, deletes and leaves alone."""
 
 from __future__ import annotations
 

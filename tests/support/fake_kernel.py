@@ -92,7 +92,7 @@ class FakeRoutes:
             for prefix, route in steps:
                 number = self._write(prefix, route, exclusive=step == "add")
                 if number:
-                    failures.append(RouteFailure(step, prefix, route.gateway, NetlinkError(number)))
+                    failures.append(RouteFailure(step, prefix, route.way, NetlinkError(number)))
                 else:
                     added += 1
         for stray in (*(Stray(prefix, 0, "") for prefix in plan.delete), *plan.strays):

@@ -1,8 +1,8 @@
 """The policy rules ``from <pod CIDR> lookup 77`` over rtnetlink.
 
-Touches the kernel. Seen here are only rules of exactly that form: a source, table 77, and no other condition. The mark of
-ours is their protocol, 17, which kernels since 4.17 keep. The kernel picks the priority of a rule that names none: the
-one before the second rule that there is.
+Touches the kernel. Seen here are only rules of exactly that form: a source, table 77, and no other condition. The mark
+of ours is their protocol, 17, which kernels since 4.17 keep. The kernel picks the priority of a rule that names none:
+the one before the second rule that there is.
 """
 
 from __future__ import annotations

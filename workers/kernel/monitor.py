@@ -6,7 +6,9 @@ Touches the kernel: netlink listeners and a timerfd in the calling thread's netw
 state                how a foreign change is noticed          after
 ==================== ======================================== ===============================================
 links, addresses     rtnetlink groups                         at once
-routes               rtnetlink groups                         at once
+routes, pods' rules  rtnetlink groups                         at once
+tunnel devices       rtnetlink groups                         at once
+FoU ports            no events: `Tick`, `FouDriver.observe`   at most 1 s
 iptables (nft)       nfnetlink group of nftables              at once
 nftables tables      the same group                           at once
 iptables (legacy)    no events: `Tick`, `legacy_table_marks`  at most 1 s
@@ -30,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from kube_router.workers.kernel.iprules import RTM_DELRULE, decode_rule
 from kube_router.workers.kernel.links import (
     RTNLGRP_IPV4_IFADDR,
     RTNLGRP_IPV6_IFADDR,
@@ -49,10 +52,20 @@ from kube_router.workers.kernel.netlink import (
     text_of,
 )
 from kube_router.workers.kernel.routes import RTM_DELROUTE, RTM_NEWROUTE, KernelRoute, parse_route
+from kube_router.workers.kernel.tunnels import TunnelEvent, decode_tunnel
 from kube_router.workers.model import Family
+from kube_router.workers.tunnelfacts import PodRule
 
-RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV6_ROUTE = 7, 11
-ROUTE_GROUPS = (RTNLGRP_LINK, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV6_ROUTE)
+RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV4_RULE, RTNLGRP_IPV6_ROUTE, RTNLGRP_IPV6_RULE = 7, 8, 11, 19
+ROUTE_GROUPS = (
+    RTNLGRP_LINK,
+    RTNLGRP_IPV4_IFADDR,
+    RTNLGRP_IPV4_ROUTE,
+    RTNLGRP_IPV4_RULE,
+    RTNLGRP_IPV6_IFADDR,
+    RTNLGRP_IPV6_ROUTE,
+    RTNLGRP_IPV6_RULE,
+)
 NFNLGRP_NFTABLES = 7
 
 _NFNL_SUBSYS_NFTABLES = 10
@@ -81,11 +94,22 @@ class RouteEvent:
     portid: int
 
 
-RouteListenerEvent = LinkEvent | AddressEvent | RouteEvent | Lost
+@dataclass(frozen=True, slots=True)
+class RuleEvent:
+    """A policy rule of the pods' form appeared or went."""
+
+    rule: PodRule
+    gone: bool
+
+
+RouteListenerEvent = LinkEvent | TunnelEvent | AddressEvent | RouteEvent | RuleEvent | Lost
 
 
 class RouteListener:
-    """Events of links, addresses and routes of both families; not of what the sockets ``own`` (port ids) did."""
+    """Events of links, addresses, routes and pods' rules; not of what the sockets ``own`` (port ids) did.
+
+    A change of a tunnel device is told twice, as one of a link and as one of a tunnel; the kernel does not say whose.
+    """
 
     def __init__(self, own: Container[int] = ()) -> None:
         self._own = own
@@ -104,19 +128,26 @@ class RouteListener:
         while True:
             try:
                 for message in self._netlink.events():
-                    event = None if message.portid in self._own else _route_event(message)
-                    if event is not None:
-                        yield event
+                    if message.portid not in self._own:
+                        yield from _route_events(message)
                 return
             except Overflow:
                 yield LOST
 
 
-def _route_event(message: Message) -> LinkEvent | AddressEvent | RouteEvent | None:
+def _route_events(message: Message) -> Iterator[RouteListenerEvent]:
     if message.type in (RTM_NEWROUTE, RTM_DELROUTE):
         route = parse_route(message)
-        return None if route is None else RouteEvent(route, message.type == RTM_DELROUTE, message.portid)
-    return decode_link(message) or decode_address(message)
+        if route is not None:
+            yield RouteEvent(route, message.type == RTM_DELROUTE, message.portid)
+        return
+    rule = decode_rule(message)
+    if rule is not None:
+        yield RuleEvent(rule, message.type == RTM_DELRULE)
+        return
+    for event in (decode_link(message), decode_tunnel(message), decode_address(message)):
+        if event is not None:
+            yield event
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,9 @@
 Touches the kernel. Which devices are ours is not decided here: only those that a plan names are changed. Codec after
 ``include/uapi/linux/if_tunnel.h``; what shapes the callers' plans:
 
-- A device is changed in place (``changelink``), up or down, without losing the routes over it. An attribute that is left
-  out is set to zero then, so every request carries all of them. The MTU does not follow the encapsulation: it is set.
+- A device is changed in place (``changelink``), up or down, without losing the routes over it. An attribute that is
+  left out is set to zero then, so every request carries all of them. The MTU does not follow the encapsulation: it is
+  set.
 - Two devices may not have the same local address, remote address and link (``EEXIST``). With different links they may,
   and a packet is then taken by the one that is bound to the link it came over, else by the other one. That is how a
   device under an old name and its successor can both be there.
