@@ -36,12 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``kube-router`` with ``arguments`` (those of the process by default) and return its exit status."""
     program = program_name(sys.argv[0])
     try:
-        parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        parsed = parse_arguments(arguments)
     except FlagError as error:
         tell(help_text(program).rstrip("\n"), str(error))
         return BAD_SYNTAX
     try:
-        return run(parsed, program)
+        return run(parsed, program, arguments)
     except StartError as error:
         tell(*error.lines)
         return FAILED
@@ -59,7 +60,7 @@ def tell(*lines: str) -> None:
     sys.stderr.flush()
 
 
-def run(parsed: Parsed, program: str) -> int:
+def run(parsed: Parsed, program: str, arguments: Sequence[str]) -> int:
     """What follows the parsing, in upstream's order."""
     check_words(parsed)
     if parsed.values["help"]:
@@ -70,7 +71,7 @@ def run(parsed: Parsed, program: str) -> int:
         return OK
     if os.geteuid() != 0:
         raise StartError(f"{PROGRAM} must run as root: it configures the network of this host (user id {os.geteuid()})")
-    return clean(parsed) if parsed.values["cleanup-config"] else start(parsed, program)
+    return clean(parsed) if parsed.values["cleanup-config"] else start(parsed, program, arguments)
 
 
 def check_words(parsed: Parsed) -> None:
@@ -94,27 +95,30 @@ def version_line(program: str) -> str:
 def clean(parsed: Parsed) -> int:
     """``--cleanup-config``. Wrong values of other flags are told but keep nothing from being cleaned."""
     from kube_router.supervisor.cleanup import cleanup
-    from kube_router.supervisor.settings import resolve
-    from kube_router.supervisor.surroundings import read_surroundings
+    from kube_router.supervisor.reading import read_configuration
     from kube_router.workers.logs import configure
 
-    resolution = resolve(parsed, read_surroundings(parsed))
+    configuration = read_configuration(parsed, str(Path.cwd()))
+    resolution = configuration.resolution
     configure(PROGRAM, resolution.settings)
-    for problem in resolution.problems:
+    for problem in (*configuration.file_problems, *resolution.problems):
         log.warning("ignored while cleaning up: %s", problem)
     return cleanup(resolution.settings)
 
 
-def start(parsed: Parsed, program: str) -> int:
-    """Check everything, then become the supervisor."""
-    from kube_router.supervisor.settings import resolve
-    from kube_router.supervisor.surroundings import check_listening, check_source, read_surroundings
+def start(parsed: Parsed, program: str, arguments: Sequence[str]) -> int:
+    """Check everything, then become the supervisor; ``arguments`` are what ``parsed`` was read from."""
+    from kube_router.supervisor.reading import read_configuration
+    from kube_router.supervisor.surroundings import check_listening, check_source
     from kube_router.workers.logs import configure
 
-    resolution = resolve(parsed, read_surroundings(parsed))
+    configuration = read_configuration(parsed, str(Path.cwd()))
+    resolution, parsed = configuration.resolution, configuration.parsed
     settings = resolution.settings
-    of_client = [problem for problem in resolution.problems if problem.of_client] or check_source(parsed, settings)
-    of_run = [problem for problem in resolution.problems if not problem.of_client]
+    of_client = [problem for problem in resolution.problems if problem.of_client]
+    of_client = of_client or configuration.located(check_source(parsed, settings))
+    of_run: list[object] = [problem for problem in resolution.problems if not problem.of_client]
+    of_run[:0] = configuration.file_problems
     if of_client:  # upstream's order: a bad source of state comes before the question whether there is a worker to run
         refuse(of_client, of_run)
     configure(PROGRAM, settings)
@@ -126,12 +130,12 @@ def start(parsed: Parsed, program: str) -> int:
     from kube_router.supervisor.launch import launch, leftovers
 
     if not any(leftovers(Path(settings.run_dir))):  # they may still hold the ports; launch ends them
-        refuse([], check_listening(parsed, settings))
+        refuse([], configuration.located(check_listening(parsed, settings)))
     for remark in resolution.remarks:
         log.warning("%s", remark)
     for worker in settings.unbuilt_workers:
         log.warning("%s is asked for and not built yet: it does not run, and nothing else is affected", worker)
-    return launch(settings, resolution.secrets)
+    return launch(settings, resolution.secrets, arguments=arguments)
 
 
 def refuse(of_client: Sequence[object], of_run: Sequence[object]) -> None:

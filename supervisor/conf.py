@@ -28,6 +28,9 @@ SPEAKER_DIR = "gobgpd"
 SPEAKER_SOCKET = "gobgpd.sock"
 IPC_DIR = "ipc"
 LOG_DIR = "log"
+CONF_FILE = "supervisord.conf"
+RELOAD_FILE = "reload.json"
+"""In the run directory, mode 0600: what the program that follows the flags file has still to do, and to tell."""
 STOP_SECONDS = 2
 """For each program, before it is killed; supervisord stops them one after the other, the listener all at once."""
 BUFFERED_EVENTS = 1000
@@ -117,7 +120,7 @@ def _listener(settings: Settings, facts: Facts, programs: Sequence[Program]) -> 
     options = {
         "command": shlex.join(command),
         "directory": f"{settings.run_dir}/{IPC_DIR}",
-        "events": "PROCESS_LOG,PROCESS_STATE,SUPERVISOR_STATE_CHANGE",
+        "events": "PROCESS_LOG,PROCESS_STATE,PROCESS_GROUP_REMOVED,SUPERVISOR_STATE_CHANGE",
         "buffer_size": str(BUFFERED_EVENTS),
         "priority": "1",
         "autorestart": "true",
@@ -137,7 +140,7 @@ def _program(program: Program, place: int, settings: Settings, facts: Facts) -> 
     command += program.command or (
         speaker_command(settings, facts)
         if speaker
-        else (facts.python, "-P", "-m", f"kube_router.workers.{program.name}")
+        else (facts.python, "-P", "-m", f"kube_router.{program.folder}.{program.name}")
     )
     options = {
         "command": shlex.join(command),

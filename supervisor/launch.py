@@ -19,9 +19,11 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import msgspec
+
 from kube_router.supervisor import conf, readable
 from kube_router.supervisor.conf import Facts
-from kube_router.supervisor.programs import ROOT, WORKER_USER, Program, wanted_programs
+from kube_router.supervisor.programs import PROGRAMS, RELOADER, ROOT, WORKER_USER, Program, wanted_programs
 from kube_router.workers.settings import SECRETS_FILE, SETTINGS_FILE, Secrets, Settings, save
 
 log = logging.getLogger(__name__)
@@ -41,16 +43,32 @@ CAPABILITIES = {
 }
 """linux/capability.h, what this module asks for."""
 LEFTOVER_SECONDS = 2.0
+LAUNCH_FILE = "launch.json"
+"""In the run directory, mode 0600 (there may be passwords in the arguments): how the agent was started."""
+
+
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
+    """What is needed to read the flags again, and to write ``supervisord.conf`` again for this machine."""
+
+    arguments: tuple[bytes, ...]
+    working_directory: str
+    facts: Facts
 
 
 class CannotLaunch(Exception):
     """The agent does not start; one line."""
 
 
-def launch(settings: Settings, secrets: Secrets, programs: Sequence[Program] | None = None) -> int:
+def launch(
+    settings: Settings,
+    secrets: Secrets,
+    programs: Sequence[Program] | None = None,
+    arguments: Sequence[str] = (),
+) -> int:
     """Prepare everything and become supervisord. Returns, with an exit status, only if that fails.
 
-    ``programs`` are those that the settings ask for unless given.
+    ``programs`` are those that the settings ask for unless given; ``arguments`` is the command line, which is kept for
+    the program that follows the flags file.
     """
     try:
         run_dir = Path(settings.run_dir)
@@ -63,7 +81,8 @@ def launch(settings: Settings, secrets: Secrets, programs: Sequence[Program] | N
         make_folders(settings, facts, chosen)
         save(run_dir / SECRETS_FILE, secrets, 0o600)
         write_shared(run_dir / conf.IPC_DIR / SETTINGS_FILE, settings)
-        write_private(run_dir / "supervisord.conf", conf.render(settings, facts, chosen))
+        write_private(run_dir / conf.CONF_FILE, conf.render(settings, facts, chosen))
+        keep_arguments(run_dir, arguments, facts, chosen)
         return become_supervisord(run_dir, facts, lock)
     except CannotLaunch as error:
         log.error("%s", error)
@@ -135,11 +154,12 @@ def gather_facts(settings: Settings, programs: Sequence[Program]) -> Facts:
     if may_switch:
         closed = {
             program.name: path
-            for program in programs
+            for program in with_later_ones(programs)
             if program.user != ROOT and (path := readable.first_closed(program, settings, gobgpd))
         }
-    for path in dict.fromkeys(closed.values()):
-        names = ", ".join(name for name, its_path in closed.items() if its_path == path)
+    chosen = {program.name for program in programs}
+    for path in dict.fromkeys(path for name, path in closed.items() if name in chosen):
+        names = ", ".join(name for name, its_path in closed.items() if its_path == path and name in chosen)
         log.info("as root, with no more than the capabilities needed: %s: %s is closed to other users", names, path)
     return Facts(
         python=sys.executable,
@@ -151,6 +171,12 @@ def gather_facts(settings: Settings, programs: Sequence[Program]) -> Facts:
         may_bound="setpcap" in mine,
         may_switch=may_switch,
     )
+
+
+def with_later_ones(programs: Sequence[Program]) -> Sequence[Program]:
+    """``programs``, and those that a flag may still switch on while the agent runs."""
+    names = {program.name for program in programs}
+    return (*programs, *(program for program in PROGRAMS if program.built and program.name not in names))
 
 
 def own_capabilities() -> frozenset[str]:
@@ -181,7 +207,7 @@ def shortcomings(settings: Settings, facts: Facts, programs: Sequence[Program]) 
 
 def make_folders(settings: Settings, facts: Facts, programs: Sequence[Program]) -> None:
     """The folders of the run directory, empty of an earlier agent's sockets, and of the state directory."""
-    users = {program.name: conf.user_of(program, facts) for program in programs}
+    users = {program.name: conf.user_of(program, facts) for program in with_later_ones(programs)}
     run_dir, state_dir = Path(settings.run_dir), Path(settings.state_dir)
     speaker = users.get(conf.SPEAKER, ROOT)
     make_folder(run_dir / conf.LOG_DIR, 0o700)
@@ -222,11 +248,23 @@ def write_shared(path: Path, settings: Settings) -> None:
 
 
 def write_private(path: Path, text: str) -> None:
-    """A file for root only."""
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    """A file for root only, by rename."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(text)
+    temporary.replace(path)
+
+
+def keep_arguments(run_dir: Path, arguments: Sequence[str], facts: Facts, programs: Sequence[Program]) -> None:
+    """Write down how the agent was started, if a program of it will read its files again; forget an earlier agent's."""
+    for name in (LAUNCH_FILE, conf.RELOAD_FILE):
+        (run_dir / name).unlink(missing_ok=True)
+    if any(program.name == RELOADER for program in programs):
+        given = tuple(map(os.fsencode, arguments))
+        known = Launch(arguments=given, working_directory=str(Path.cwd()), facts=facts)
+        write_private(run_dir / LAUNCH_FILE, msgspec.json.encode(known).decode())
 
 
 def become_supervisord(run_dir: Path, facts: Facts, lock: int) -> int:
@@ -238,7 +276,7 @@ def become_supervisord(run_dir: Path, facts: Facts, lock: int) -> int:
     os.dup2(lock, LOCK_DESCRIPTOR)
     os.set_inheritable(LOCK_DESCRIPTOR, True)  # dup2 of a descriptor onto itself would not do it
     knock(run_dir, lock)
-    arguments = [facts.python, "-P", "-m", "supervisor.supervisord", "-n", "-c", str(run_dir / "supervisord.conf")]
+    arguments = [facts.python, "-P", "-m", "supervisor.supervisord", "-n", "-c", str(run_dir / conf.CONF_FILE)]
     os.execv(facts.python, arguments)
     return 1
 

@@ -41,7 +41,8 @@ NUDGED_SECONDS = 2.0
 SETTLE_SECONDS = 1.05
 """A little more than ``startsecs``: then a starting program is looked at again, and found running."""
 UNTOLD = frozenset(("gobgpd",))
-"""Not signalled by us at the end: stopped by supervisord after the workers, with the signal of the configuration."""
+"""Not told to end by us: stopped by supervisord after the workers, with the signal of the configuration. With graceful
+restart it is killed, as any notification would make its peers drop our routes; that flag may have changed since."""
 LEVELS = {"debug": "DEBUG", "info": "INFO", "warn": "WARN", "warning": "WARN", "error": "ERROR", "fatal": "ERROR"}
 
 
@@ -167,6 +168,11 @@ class Record:
     def of(self, name: str) -> Process:
         """The process of that name; one that is new (``supervisorctl add``) is taken in."""
         return self.processes.setdefault(name, Process(name))
+
+    def forget(self, name: str) -> None:
+        """A program that was removed from supervisord."""
+        self.processes.pop(name, None)
+        self.retry_at.pop(name, None)
 
     def log_line(self, line: str) -> Told | None:
         """A line of supervisord's log; returns what to tell."""
@@ -358,6 +364,8 @@ class Listener:
             with open("processes.json") as file:
                 known = json.load(file)
             if known["supervisord"] == self._supervisord:
+                # Programs may have come and gone since we were told their names.
+                self._record.processes.clear()
                 for name, fields in known["programs"].items():
                     self._record.of(name).take(fields)
                 self._log.offset = int(known["offset"])
@@ -467,12 +475,16 @@ class Listener:
             self._output(parse_header(first)["processname"], data)
         elif name.startswith("PROCESS_STATE_"):
             self._state_event(parse_header(payload)["processname"], name.removeprefix("PROCESS_STATE_"))
+        elif name == "PROCESS_GROUP_REMOVED":
+            self._record.forget(parse_header(payload)["groupname"])
+            self._save()
         elif name == "SUPERVISOR_STATE_CHANGE_STOPPING":
             self._stop_all()
 
     def _state_event(self, program: str, state: str) -> None:
         if program == "listener":
             return
+        self._record.of(program)  # one that was added must be known when its start is read from the log
         if state in ("EXITED", "BACKOFF", "STOPPED", "FATAL") and program in self._lines:
             self._pass_on(program, self._lines[program].flush())
         self._read_log((program, state))
@@ -488,12 +500,15 @@ class Listener:
         self._record.retry_at.clear()
         self._tell("INFO", "stopping; the state of the network stays as it is")
         self._signal(signal.SIGTERM)
+        if graceful_restart():
+            self._signal(signal.SIGKILL, UNTOLD)
         self._kill_at = time.monotonic() + HANG_SECONDS
         self._nudge_until[""] = time.monotonic() + 60
 
-    def _signal(self, number: int) -> None:
+    def _signal(self, number: int, only: frozenset[str] | None = None) -> None:
         for process in self._record.processes.values():
-            if process.name not in UNTOLD and process.pid and process.state in ("STARTING", "RUNNING", "STOPPING"):
+            meant = process.name not in UNTOLD if only is None else process.name in only
+            if meant and process.pid and process.state in ("STARTING", "RUNNING", "STOPPING"):
                 with contextlib.suppress(OSError):
                     os.kill(process.pid, number)
 
@@ -576,6 +591,15 @@ class Listener:
         if self._kill_at is not None and now >= self._kill_at:
             self._kill_at = None
             self._signal(signal.SIGKILL)
+
+
+def graceful_restart() -> bool:
+    """Whether ``--bgp-graceful-restart`` is set now."""
+    try:
+        with open("settings.json") as file:
+            return bool(json.load(file)["bgp_graceful_restart"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 class Ending(BaseException):

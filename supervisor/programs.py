@@ -16,14 +16,18 @@ WORKER_USER = 65532
 SPEAKER_USER = 65533
 """User and group of gobgpd: another than the workers', which may thus neither signal it nor reach its socket."""
 
+RELOADER = "reload"
+"""The program that follows the flags file and the passwords file, where there are any."""
+
 
 @dataclass(frozen=True, slots=True)
 class Program:
     """One program under supervisord.
 
-    ``enabled_by`` are the fields of `Settings` that must all be true; empty means: always. (As upstream, the CNI file
-    belongs to the router: ``--enable-cni`` alone, on a firewall-only agent, touches nothing.) ``leaves_state``:
-    it leaves state on the host when it stops, so its package has a module ``cleanup``.
+    ``enabled_by`` are the fields of `Settings` that must all be set; empty means: always. (As upstream, the CNI file
+    belongs to the router: ``--enable-cni`` alone, on a firewall-only agent, touches nothing.) With ``any_of`` one of
+    those fields must be set too. ``leaves_state``: it leaves state on the host when it stops, so its package has a
+    module ``cleanup``. ``folder``: the top-level folder that its code is in.
 
     ``user`` and ``capabilities`` are all that it may have; ``helpful`` are capabilities that it uses if the agent has
     them and can do without. ``tools`` are commands that it runs. ``command`` replaces the worker's package.
@@ -38,10 +42,13 @@ class Program:
     helpful: tuple[str, ...] = ()
     tools: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
+    any_of: tuple[str, ...] = ()
+    folder: str = "workers"
 
     def enabled(self, settings: Settings) -> bool:
         """Whether the settings ask for this program."""
-        return all(getattr(settings, field) for field in self.enabled_by)
+        wanted = all(getattr(settings, field) for field in self.enabled_by)
+        return wanted and (not self.any_of or any(getattr(settings, field) for field in self.any_of))
 
 
 PROGRAMS: tuple[Program, ...] = (
@@ -62,6 +69,14 @@ PROGRAMS: tuple[Program, ...] = (
     Program("proxy", ("run_service_proxy",), built=False),
     Program("loadbalancer", ("run_loadbalancer",), built=False),
     Program("health", (), built=True, leaves_state=False, user=WORKER_USER),
+    Program(
+        RELOADER,
+        (),
+        built=True,
+        leaves_state=False,
+        any_of=("flags_file", "peer_router_passwords_file"),
+        folder="supervisor",
+    ),
 )
 """In start order; they are stopped in the reverse one."""
 

@@ -41,11 +41,15 @@ _URL_CREDENTIALS = re.compile(r"^([A-Za-z0-9+.-]*://)?.*@", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One fault: ``key`` is the flag (with its dashes) or the environment variable, ``rule`` what it must be."""
+    """One fault: ``key`` is the flag (with its dashes) or the environment variable, ``rule`` what it must be.
+
+    ``where``: in front of it all, ``FILE:LINE: `` for a flag of the flags file.
+    """
 
     key: str
     value: str
     rule: str
+    where: str = ""
 
     @property
     def of_client(self) -> bool:
@@ -54,7 +58,7 @@ class Problem:
 
     def __str__(self) -> str:
         shown = self.value if self.value == HIDDEN else quote(self.value)
-        return f"{self.key}={shown}: {self.rule}"
+        return f"{self.where}{self.key}={shown}: {self.rule}"
 
 
 @dataclass(frozen=True, slots=True)

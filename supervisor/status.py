@@ -8,7 +8,6 @@ a dead listener, is told instead of hiding the rest.
 from __future__ import annotations
 
 import http.client
-import socket
 import time
 import xmlrpc.client
 from collections.abc import Iterable, Mapping
@@ -20,7 +19,9 @@ import msgspec
 from kube_router.ipc.channels import request_status
 from kube_router.ipc.codec import BadMessage
 from kube_router.ipc.messages import Heartbeat, StatusReply
-from kube_router.supervisor.conf import IPC_DIR, LISTENER
+from kube_router.supervisor.conf import IPC_DIR, LISTENER, RELOAD_FILE
+from kube_router.supervisor.programs import RELOADER
+from kube_router.supervisor.rpc import supervisord
 from kube_router.workers.health.processes import PROCESSES_FILE, ProcessState, ProcessTable, read_processes
 from kube_router.workers.settings import SETTINGS_FILE, Settings, load_settings
 
@@ -44,7 +45,18 @@ def collect(run_dir: str, timeout: float) -> Status:
         reply = request_status(ipc, timeout)
     except (OSError, BadMessage) as error:
         troubles.append(f"health: {error}")
-    return build(reply, running, read_processes(ipc / PROCESSES_FILE), read_settings(ipc), troubles, time.time())
+    found = build(reply, running, read_processes(ipc / PROCESSES_FILE), read_settings(ipc), troubles, time.time())
+    told = read_warnings(folder)
+    return {**found, "reasons": [*found["reasons"], *told], "warnings": [*found["warnings"], *told]}
+
+
+def read_warnings(run_dir: Path) -> list[str]:
+    """What the program that follows the flags file has to tell."""
+    try:
+        state = msgspec.json.decode((run_dir / RELOAD_FILE).read_bytes())
+        return [f"{RELOADER}: {line}" for line in state["warnings"]]
+    except (OSError, msgspec.DecodeError, KeyError, TypeError):
+        return []
 
 
 def read_settings(ipc: Path) -> Settings:
@@ -55,34 +67,11 @@ def read_settings(ipc: Path) -> Settings:
         return Settings()
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over supervisord's unix socket."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=SUPERVISORD_SECONDS)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
-
-
-class _UnixTransport(xmlrpc.client.Transport):
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self._path = path
-
-    def make_connection(self, host: Any) -> http.client.HTTPConnection:
-        return _UnixConnection(self._path)
-
-
 def ask_supervisord(run_dir: Path) -> ProcessTable:
     """The programs as supervisord itself sees them; raises `Unreachable`."""
     path = str(run_dir / "supervisord.sock")
-    proxy = xmlrpc.client.ServerProxy("http://localhost", transport=_UnixTransport(path))
     try:
-        answer: Any = proxy.supervisor.getAllProcessInfo()
+        answer: Any = supervisord(path, SUPERVISORD_SECONDS).supervisor.getAllProcessInfo()
     except FileNotFoundError:
         raise Unreachable(f"no agent runs with --run-dir={run_dir}: there is no {path}") from None
     except PermissionError:

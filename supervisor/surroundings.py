@@ -19,19 +19,20 @@ LONGEST_FILE = 1 << 20
 """Bytes: neither a kubeconfig nor a list of passwords is longer."""
 
 
-def read_surroundings(parsed: Parsed) -> Surroundings:
-    """Collect what `settings.resolve` wants to know of the machine."""
+def read_surroundings(parsed: Parsed, working_directory: str | None = None) -> Surroundings:
+    """Collect what `settings.resolve` wants to know of the machine; relative paths count from the directory."""
+    working_directory = working_directory or str(Path.cwd())
     passwords_file = None
     name = parsed.values["peer-router-passwords-file"]
     if name and not parsed.values["peer-router-passwords"]:
         try:
-            passwords_file = read_text(Path(str(name)))
+            passwords_file = read_text(Path(working_directory, str(name)))
         except (OSError, ValueError):
             passwords_file = None
     return Surroundings(
         environment=dict(os.environ),
         host_name=socket.gethostname(),
-        working_directory=str(Path.cwd()),
+        working_directory=working_directory,
         passwords_file=passwords_file,
     )
 

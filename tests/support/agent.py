@@ -70,6 +70,8 @@ class Agent:
         settings.setdefault("health_port", 0)
         self.settings = Settings(run_dir=str(self.run_dir), state_dir=str(folder / "state"), **settings)
         self.programs: list[Program] | None = None
+        self.arguments: list[str] | None = None
+        """The arguments of ``kube-router``, if it is to be started by its command line."""
         self.process: subprocess.Popen[bytes] | None = None
         self.environment = dict(os.environ)
         self.log_path = folder / "agent.log"
@@ -100,6 +102,8 @@ class Agent:
         programs = None if self.programs is None else [asdict(program) for program in self.programs]
         what = json.dumps({"settings": msgspec.to_builtins(self.settings), "programs": programs})
         command = [sys.executable, "-P", __file__, what]
+        if self.arguments is not None:
+            command = [sys.executable, "-P", "-m", "kube_router.supervisor.cli", *self.arguments]
         if as_pid_1:
             command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", *command]
         command = [*self.wrapper, *command]

@@ -18,7 +18,7 @@ from kube_router.workers.health.processes import ProcessTable
 
 GRACE = 1.5
 SILENCE = 20.0
-MUTE = frozenset(("gobgpd",))
+MUTE = frozenset(("gobgpd", "reload"))
 """Programs that send no heartbeats."""
 MYSELF = "health"
 
