@@ -15,13 +15,14 @@ from kube_router.workers.router.plan import (
     AddNeighbor,
     AddPath,
     Assign,
+    ChangeSet,
     JudgeAgain,
     Plan,
-    Readvertise,
     RemoveNeighbor,
     RemovePath,
     ReplaceDaemon,
     ReplaceNeighbor,
+    Retract,
     SendAgain,
     SetPolicies,
     StartSpeaker,
@@ -49,11 +50,14 @@ def run(state: BgpState, plan: Plan) -> BgpState:
                 state = FRESH
             case SetPolicies(policies):
                 state = replace(state, policies=policies)
+            case ChangeSet(name, add, remove):
+                sets = {**state.policies.prefix_sets, name: state.policies.prefix_sets[name] - remove | add}
+                state = replace(state, policies=replace(state.policies, prefix_sets=sets))
             case Assign("export", assignment):
                 state = replace(state, export=assignment)
             case Assign(_, assignment):
                 state = replace(state, import_=assignment)
-            case AddPath(prefix, next_hop) | Readvertise(prefix, next_hop):
+            case AddPath(prefix, next_hop):
                 state = replace(state, paths={**state.paths, prefix: next_hop})
             case RemovePath(prefix, _):
                 state = replace(state, paths={key: hop for key, hop in state.paths.items() if key != prefix})
@@ -98,7 +102,7 @@ def test_a_plan_ends_at_what_was_wanted(before: str, after: str) -> None:
 @pytest.mark.parametrize(("before", "after"), list(itertools.permutations(STATES, 2)))
 def test_keeping_takes_nothing_away(before: str, after: str) -> None:
     plan = diff(STATES[before], STATES[after], keep=True)
-    assert not {"RemovePath", "RemoveNeighbor", "ReplaceDaemon", "Readvertise"} & set(kinds(plan))
+    assert not {"RemovePath", "RemoveNeighbor", "ReplaceDaemon", "Retract"} & set(kinds(plan))
     ended = run(STATES[before], plan)
     assert ended.speaker == STATES[before].speaker
     assert ended.paths.items() >= {**STATES[before].paths, **STATES[after].paths}.items()
@@ -122,7 +126,7 @@ def test_a_node_that_goes_loses_its_session_only() -> None:
 
 def test_a_changed_cidr_is_allowed_before_it_is_announced() -> None:
     steps = kinds(diff(STATES["two"], STATES["other cidr"]))
-    assert steps == ["SetPolicies", "AddPath", "AddPath", "RemovePath", "RemovePath"]
+    assert steps == ["SetPolicies", "AddPath", "AddPath", "RemovePath", "RemovePath", "JudgeAgain"]
 
 
 def test_a_changed_speaker_is_one_step() -> None:
@@ -137,10 +141,11 @@ def test_without_a_known_speaker_nothing_is_started() -> None:
 
 def test_a_tighter_export_policy_withdraws_and_a_wider_one_sends() -> None:
     tighter = diff(STATES["external"], STATES["hidden"])
-    assert [step.prefix for step in tighter.steps if isinstance(step, Readvertise)] == ["10.244.1.0/24", "fd00:1::/64"]
+    (retract,) = (step for step in tighter.steps if isinstance(step, Retract))
+    assert retract == Retract(("10.0.1.1",), (("10.244.1.0/24", "10.0.0.1"), ("fd00:1::/64", "2001:db8::1")))
     wider = diff(STATES["hidden"], STATES["external"])
     assert [step.address for step in wider.steps if isinstance(step, SendAgain)] == ["10.0.1.1"]
-    assert not any(isinstance(step, Readvertise) for step in wider.steps)
+    assert not any(isinstance(step, Retract) for step in wider.steps)
 
 
 def test_imports_are_judged_again_when_they_were_open() -> None:

@@ -16,7 +16,8 @@ from kube_router.workers.router.bgpstate import (
     PrefixRange,
     Statement,
 )
-from kube_router.workers.router.policies import accepts, decision, merged
+from kube_router.workers.router.policies import merged
+from kube_router.workers.router.verdicts import accepts, decision
 
 A = node("a", ["10.0.0.1", "2001:db8::1"], ["10.244.1.0/24", "fd00:1::/64"])
 B = node("b", ["10.0.0.2", "2001:db8::2"], ["10.244.2.0/24", "fd00:2::/64"])
@@ -46,8 +47,16 @@ def test_names_and_order_are_kube_routers() -> None:
     assert [statement.name for statement in policies.import_] == [
         "defaultroutedefinedsetallpeerset",
         "defaultroutedefinedsetv6allpeerset",
+        "protectedrangesdefinedsetallpeerset",
+        "protectedrangesdefinedsetv6allpeerset",
+        "coveringprefixesdefinedsetallpeerset",
+        "coveringprefixesdefinedsetv6allpeerset",
         "defaultroutedefinedsetallpeersetv6",
         "defaultroutedefinedsetv6allpeersetv6",
+        "protectedrangesdefinedsetallpeersetv6",
+        "protectedrangesdefinedsetv6allpeersetv6",
+        "coveringprefixesdefinedsetallpeersetv6",
+        "coveringprefixesdefinedsetv6allpeersetv6",
     ]
     assert all(statement.accept for statement in policies.export)
     assert not any(statement.accept for statement in policies.import_)
@@ -77,12 +86,12 @@ def test_who_may_get_what(own: object, other: object, advertise: bool, external:
         assert not imported(state.policies, "0.0.0.0/0", neighbor)
         assert not imported(state.policies, "::/0", neighbor)
         assert imported(state.policies, "10.244.2.0/24", neighbor)
-        assert imported(state.policies, "0.0.0.0/1", neighbor)
+        assert imported(state.policies, "128.0.0.0/1", neighbor)
 
 
 def test_own_next_hop_only_where_session_and_route_are_of_one_family() -> None:
     policies = asking(A, B, override_nexthop=True, **FLAGS).state.policies
-    own_hop = [statement.name for statement in policies.export if statement.next_hop_self]
+    own_hop = [statement.name for statement in policies.export if statement.attributes.next_hop_self]
     assert own_hop == ["podcidrdefinedsetexternalpeerset", "podcidrdefinedsetv6externalpeersetv6"]
 
 

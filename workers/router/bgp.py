@@ -29,7 +29,6 @@ from kube_router.workers.router.gobgp.watch import Taken, Watch
 from kube_router.workers.router.plan import (
     AddPath,
     Plan,
-    Readvertise,
     RemovePath,
     ReplaceDaemon,
     StartSpeaker,
@@ -274,7 +273,7 @@ class Bgp:
             actual = self._believed
         self._desired = desired_bgp(own_node, own, nodes, self._settings, self._secrets, actual, vips)
         wanted = self._desired.state
-        plan = diff(actual, wanted, keep=keep)
+        plan = diff(actual, wanted, keep=keep, learned=self._rib.routes if self._complete else None)
         if keep and actual.speaker is not None:
             wanted = kept(actual, wanted)
         self._compared_with_keep = keep
@@ -364,7 +363,7 @@ def _advertisements(plan: Plan, policies: Policies) -> Mapping[str, int]:
     pods = {item.prefix for name in names.POD_CIDR_SETS.values() for item in policies.prefix_sets.get(name, ())}
     for step in plan.steps:
         match step:
-            case AddPath(prefix) | Readvertise(prefix):
+            case AddPath(prefix):
                 sent["pod-route" if prefix in pods else "advertise-vip"] += 1
             case RemovePath(prefix) if is_host_prefix(prefix):
                 sent["withdraw-vip"] += 1

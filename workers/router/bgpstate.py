@@ -6,7 +6,7 @@ that mean the same are equal.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from kube_router.workers.model import Family
@@ -111,28 +111,48 @@ class Attributes:
     communities: tuple[str, ...] = ()
     large_communities: tuple[str, ...] = ()
 
+    def changes(self) -> Iterator[str]:
+        """What it does to a path, in words."""
+        if self.next_hop_self:
+            yield "next hop self"
+        if self.prepend is not None:
+            yield f"prepend AS {self.prepend[0]} {self.prepend[1]} times"
+        if self.communities:
+            yield f"communities {' '.join(self.communities)}"
+        if self.large_communities:
+            yield f"large communities {' '.join(self.large_communities)}"
+
+
+LEARNED_INTERNAL = "internal"
+LEARNED_EXTERNAL = "external"
+
 
 @dataclass(frozen=True, slots=True)
 class Statement:
     """One policy statement: prefixes of a set, from or to neighbours of a set, accepted or rejected.
 
-    Both sets are named and never empty: gobgpd takes an empty neighbour set as "every neighbour". ``next_hop_self``
-    replaces the next hop by the session's own address.
+    The neighbour set is named and never empty: gobgpd takes an empty one as "every neighbour". ``prefix_set`` empty:
+    whatever the prefix. ``learned``: only paths learned from speakers of our own AS (`LEARNED_INTERNAL`) or of another
+    one (`LEARNED_EXTERNAL`), none that originates here; empty: any path.
     """
 
     prefix_set: str
     neighbor_set: str
     accept: bool
-    next_hop_self: bool = False
+    attributes: Attributes = Attributes()
+    learned: str = ""
 
     @property
     def name(self) -> str:
-        """kube-router's name: the prefix set's and the neighbour set's in one word."""
-        return self.prefix_set + self.neighbor_set
+        """kube-router's name: the prefix set's and the neighbour set's in one word; ours for learned paths before."""
+        return (f"learned{self.learned}" if self.learned else "") + self.prefix_set + self.neighbor_set
 
     def __str__(self) -> str:
-        action = ("accept" if self.accept else "reject") + (", next hop self" if self.next_hop_self else "")
-        return f"{self.name}: {self.prefix_set} with {self.neighbor_set}: {action}"
+        what = self.prefix_set or "any prefix"
+        source = f" learned from {self.learned} peers" if self.learned else ""
+        changes = "".join(f", {change}" for change in self.attributes.changes())
+        verdict = ("accept" if self.accept else "reject") + changes
+        return f"{self.name}: {what}{source} with {self.neighbor_set}: {verdict}"
 
 
 @dataclass(frozen=True, slots=True)

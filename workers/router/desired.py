@@ -16,12 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kube_router.ipc.messages import Node
-from kube_router.workers.model import Family, IPAddress
+from kube_router.workers.model import Family, IPAddress, IPNetwork
 from kube_router.workers.nodefacts import NODE_ASN, NodeFacts, Problem, parse_address
 from kube_router.workers.router import names
-from kube_router.workers.router.bgpstate import BgpState, Neighbor, Speaker, host_prefix
+from kube_router.workers.router.attributes import custom_rejects, own_attributes
+from kube_router.workers.router.bgpstate import Attributes, BgpState, Neighbor, Speaker, host_prefix
 from kube_router.workers.router.peers import ExternalPeers, bfd_wanted, external_peers
 from kube_router.workers.router.policies import desired_policies
+from kube_router.workers.router.refused import Refused, protected_ranges
 from kube_router.workers.router.vips import Vips
 from kube_router.workers.settings import Secrets, Settings
 
@@ -71,6 +73,11 @@ def desired_bgp(
             external=external,
             advertise_pod_cidr=settings.advertise_pod_cidr,
             override_next_hop=settings.override_nexthop,
+            service_vips=vips.advertised,
+            known_vips=vips.known,
+            attributes=_attributes(own_node, actual, problems),
+            refused=_refused(own_node, own, nodes, settings, problems),
+            reflected=_reflected(own_node, own, nodes),
         ),
         paths=_paths(own, vips),
         neighbors={**internal, **external},
@@ -244,6 +251,36 @@ def _pod_cidr_paths(actual: BgpState, family: Family) -> Iterator[tuple[str, str
     for item in sorted(actual.policies.prefix_sets.get(names.POD_CIDR_SETS[family], ())):
         if item.prefix in actual.paths:
             yield item.prefix, actual.paths[item.prefix]
+
+
+def _attributes(node: Node, actual: BgpState, problems: list[Problem]) -> Attributes:
+    """What external peers get with every route; what is announced now stands in for what cannot be read."""
+    externals = names.EXTERNAL_PEER_SETS.values()
+    running = (item.attributes for item in actual.policies.export if item.neighbor_set in externals)
+    found = own_attributes(node.name, node.annotations, next(running, Attributes()))
+    problems += found.problems
+    return found.attributes
+
+
+def _refused(
+    node: Node, own: NodeFacts, nodes: Sequence[NodeFacts], settings: Settings, problems: list[Problem]
+) -> Refused:
+    custom = custom_rejects(node.name, node.annotations)
+    problems += custom.problems
+    ranges = [
+        (name.replace("_", "-"), cidr)
+        for name in ("service_cluster_ip_range", "service_external_ip_range", "loadbalancer_ip_range")
+        for cidr in getattr(settings, name)
+    ]
+    protected = protected_ranges(own, (own, *nodes), ranges, problems)
+    return Refused(custom.networks, protected, covering=not settings.bgp_accept_covering_prefixes)
+
+
+def _reflected(node: Node, own: NodeFacts, nodes: Sequence[NodeFacts]) -> tuple[IPNetwork, ...] | None:
+    """The other nodes' pod CIDRs on a route reflector, None on any other node."""
+    if names.RR_SERVER not in node.annotations:
+        return None
+    return tuple(cidr for other in nodes if other.name != own.name for cidr in other.pod_cidrs)
 
 
 def _paths(own: NodeFacts, vips: Vips) -> Mapping[str, str]:

@@ -20,6 +20,12 @@ POD_CIDR_SETS = {Family.IPV4: "podcidrdefinedset", Family.IPV6: "podcidrdefineds
 SERVICE_VIP_SETS = {Family.IPV4: "servicevipsdefinedset", Family.IPV6: "servicevipsdefinedsetv6"}
 DEFAULT_ROUTE_SETS = {Family.IPV4: "defaultroutedefinedset", Family.IPV6: "defaultroutedefinedsetv6"}
 CUSTOM_REJECT_SETS = {Family.IPV4: "customimportrejectdefinedset", Family.IPV6: "customimportrejectdefinedsetv6"}
+KNOWN_VIP_SETS = {Family.IPV4: "knownservicevipsdefinedset", Family.IPV6: "knownservicevipsdefinedsetv6"}
+PROTECTED_SETS = {Family.IPV4: "protectedrangesdefinedset", Family.IPV6: "protectedrangesdefinedsetv6"}
+COVERING_SETS = {Family.IPV4: "coveringprefixesdefinedset", Family.IPV6: "coveringprefixesdefinedsetv6"}
+NODE_POD_CIDR_SETS = {Family.IPV4: "nodepodcidrsdefinedset", Family.IPV6: "nodepodcidrsdefinedsetv6"}
+"""Ours: every Service's addresses, the ranges that nobody else may announce, all shorter prefixes that contain one of
+those, and the pod CIDRs of the other nodes (on a route reflector)."""
 IBGP_PEER_SETS = {Family.IPV4: "iBGPpeerset", Family.IPV6: "iBGPpeersetv6"}
 EXTERNAL_PEER_SETS = {Family.IPV4: "externalpeerset", Family.IPV6: "externalpeersetv6"}
 ALL_PEER_SETS = {Family.IPV4: "allpeerset", Family.IPV6: "allpeersetv6"}
@@ -52,10 +58,6 @@ UNBUILT_ANNOTATIONS = tuple(
     for name in (
         "rr.server",
         "rr.client",
-        "path-prepend.as",
-        "path-prepend.repeat-n",
-        "node.bgp.communities",
-        "node.bgp.customimportreject",
     )
 )
 """Annotations of the own node whose features a later version brings."""

@@ -8,9 +8,10 @@ paths → peers that come. A path or a peer is never there without the policies 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from kube_router.workers.router import names
 from kube_router.workers.router.bgpstate import (
     CLOSED,
     FRESH,
@@ -18,9 +19,14 @@ from kube_router.workers.router.bgpstate import (
     BgpState,
     Neighbor,
     Policies,
+    PrefixRange,
     Speaker,
 )
-from kube_router.workers.router.policies import accepts, among, decision, merged
+from kube_router.workers.router.effects import effects
+from kube_router.workers.router.policies import merged
+
+MOST_LISTED = 12
+"""Members of a set that a plan's text names one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +59,25 @@ class SetPolicies:
     def __str__(self) -> str:
         members = {name: sorted(map(str, items)) for name, items in self.policies.prefix_sets.items()}
         members |= {name: sorted(items) for name, items in self.policies.neighbor_sets.items()}
-        lines = [f"set {name} = {{{', '.join(items)}}}" for name, items in sorted(members.items())]
+        lines = [f"set {name} = {{{_some(items)}}}" for name, items in sorted(members.items())]
         lines += [f"export {item}" for item in self.policies.export]
         lines += [f"import {item}" for item in self.policies.import_]
         return "set policies:" + "".join(f"\n    {line}" for line in lines)
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeSet:
+    """Add members to a prefix set that is there, or remove some; the statements that use it stay."""
+
+    name: str
+    add: frozenset[PrefixRange] = frozenset()
+    remove: frozenset[PrefixRange] = frozenset()
+
+    def __str__(self) -> str:
+        parts = [("add to", self.add), ("remove from", self.remove)]
+        return "; ".join(
+            f"{verb} set {self.name}: {', '.join(map(str, sorted(items)))}" for verb, items in parts if items
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +114,21 @@ class RemovePath:
 
 
 @dataclass(frozen=True, slots=True)
-class Readvertise:
-    """Withdraw a prefix from all and originate it again: makes a peer forget what a tighter policy now denies it."""
+class Retract:
+    """Make peers forget what a tighter policy now denies them.
 
-    prefix: str
-    next_hop: str
+    ``paths``: (prefix, next hop) of paths that originate here; ``learned``: those of ``addresses`` whose learned routes
+    are concerned as well. gobgpd 4.6 and newer withdraws on a soft reset of the peer. Generation 3 never does: there,
+    the paths are withdrawn from all and originated again, and the sessions in ``learned`` begin anew.
+    """
+
+    addresses: tuple[str, ...]
+    paths: tuple[tuple[str, str], ...] = ()
+    learned: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"withdraw and originate {self.prefix} again, for a peer that may no longer have it"
+        what = [prefix for prefix, _ in self.paths] + (["learned routes"] if self.learned else [])
+        return f"make {' '.join(self.addresses)} forget {', '.join(what)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +186,11 @@ Step = (
     StartSpeaker
     | ReplaceDaemon
     | SetPolicies
+    | ChangeSet
     | Assign
     | AddPath
     | RemovePath
-    | Readvertise
+    | Retract
     | RemoveNeighbor
     | ReplaceNeighbor
     | AddNeighbor
@@ -180,8 +209,8 @@ class Plan:
         return "\n".join(f"{number:3} {step}" for number, step in enumerate(self.steps, 1)) or "  0 nothing to do"
 
 
-def diff(actual: BgpState, desired: BgpState, *, keep: bool = False) -> Plan:
-    """The steps from ``actual`` to ``desired``.
+def diff(actual: BgpState, desired: BgpState, *, keep: bool = False, learned: Container[str] | None = None) -> Plan:
+    """The steps from ``actual`` to ``desired``. ``learned``: prefixes of learned routes, None if they are not known.
 
     ``keep``: take nothing away (the wanted state comes from a stale snapshot): no path, peer or allowance goes, and a
     running speaker keeps its settings. A speaker that must be replaced is a plan of that one step: everything else
@@ -193,10 +222,10 @@ def diff(actual: BgpState, desired: BgpState, *, keep: bool = False) -> Plan:
         return Plan()
     if actual.speaker is None:
         start = StartSpeaker(desired.speaker)
-        return Plan((start, *_changes(replace(FRESH, speaker=desired.speaker, export=CLOSED), desired)))
+        return Plan((start, *_changes(replace(FRESH, speaker=desired.speaker, export=CLOSED), desired, learned)))
     if actual.speaker != desired.speaker:
         return Plan((ReplaceDaemon(actual.speaker, desired.speaker),))
-    return Plan(tuple(_changes(actual, desired)))
+    return Plan(tuple(_changes(actual, desired, learned)))
 
 
 def kept(actual: BgpState, desired: BgpState) -> BgpState:
@@ -210,12 +239,15 @@ def kept(actual: BgpState, desired: BgpState) -> BgpState:
     )
 
 
-def _changes(actual: BgpState, desired: BgpState) -> Iterator[Step]:
+def _changes(actual: BgpState, desired: BgpState, learned: Container[str] | None) -> Iterator[Step]:
     for address, neighbor in sorted(actual.neighbors.items()):
         if address not in desired.neighbors:
             yield RemoveNeighbor(neighbor)
-    if actual.policies != desired.policies:
+    changed_sets = _changed_sets(actual.policies, desired.policies)
+    if changed_sets is None:
         yield SetPolicies(desired.policies)
+    # A member comes before the path that it is for, and goes after it.
+    yield from (ChangeSet(item.name, add=item.add) for item in changed_sets or () if item.add)
     if actual.import_ != desired.import_:
         yield Assign("import", desired.import_)
     if actual.export != desired.export:
@@ -226,8 +258,31 @@ def _changes(actual: BgpState, desired: BgpState) -> Iterator[Step]:
     for prefix, next_hop in sorted(actual.paths.items()):
         if prefix not in desired.paths:
             yield RemovePath(prefix, next_hop)
+    yield from (ChangeSet(item.name, remove=item.remove) for item in changed_sets or () if item.remove)
     yield from _neighbor_changes(actual, desired)
-    yield from _policy_effects(actual, desired)
+    yield from _policy_effects(actual, desired, learned)
+
+
+_LARGE_SETS = frozenset({*names.SERVICE_VIP_SETS.values(), *names.KNOWN_VIP_SETS.values()})
+
+
+def _changed_sets(actual: Policies, desired: Policies) -> tuple[ChangeSet, ...] | None:
+    """What changes in the sets of Service addresses when nothing else does; None when something else does.
+
+    There can be thousands of them, and one of a few comes and goes every second. A set that appears or goes is another
+    matter: its statements do too.
+    """
+    if (actual.neighbor_sets, actual.export, actual.import_) != (
+        desired.neighbor_sets,
+        desired.export,
+        desired.import_,
+    ):
+        return None
+    before, after = actual.prefix_sets, desired.prefix_sets
+    changed = [name for name in sorted(after) if before.get(name) != after[name]]
+    if before.keys() != after.keys() or not _LARGE_SETS.issuperset(changed):
+        return None
+    return tuple(ChangeSet(name, after[name] - before[name], before[name] - after[name]) for name in changed)
 
 
 def _neighbor_changes(actual: BgpState, desired: BgpState) -> Iterator[Step]:
@@ -239,51 +294,17 @@ def _neighbor_changes(actual: BgpState, desired: BgpState) -> Iterator[Step]:
             yield ReplaceNeighbor(running, neighbor)
 
 
-def _policy_effects(actual: BgpState, desired: BgpState) -> Iterator[Step]:
-    """What must be sent or judged again: gobgpd applies a changed policy to later updates only.
-
-    Looks at sessions and paths that stay as they are; new ones meet the new policies anyway. Withdrawing what a
-    tighter policy denies takes a real withdrawal: a soft reset does not withdraw before gobgpd 4.6.
-    """
-    if actual.policies == desired.policies and actual.export == desired.export and actual.import_ == desired.import_:
-        return
-    staying = [address for address, item in sorted(desired.neighbors.items()) if actual.neighbors.get(address) == item]
-    again: set[str] = set()
-    wider: set[str] = set()
-    for prefix, next_hop in sorted(desired.paths.items()):
-        if actual.paths.get(prefix) != next_hop:
-            continue
-        for address in staying:
-            before = decision(actual.policies, actual.export, actual.policies.export, prefix, address)
-            after = decision(desired.policies, desired.export, desired.policies.export, prefix, address)
-            if accepts(before) and not accepts(after):
-                again.add(prefix)
-            elif accepts(after) and _acts(before) != _acts(after):
-                wider.add(address)
-    for prefix in sorted(again):
-        yield Readvertise(prefix, desired.paths[prefix])
-    for address in sorted(wider):
+def _policy_effects(actual: BgpState, desired: BgpState, learned: Container[str] | None) -> Iterator[Step]:
+    """What must be withdrawn, sent or judged again: gobgpd applies a changed policy to later updates only."""
+    found = effects(actual, desired, learned)
+    if found.forget:
+        yield Retract(
+            found.forget, tuple((prefix, desired.paths[prefix]) for prefix in found.withdraw), found.forget_learned
+        )
+    for address in found.send:
         yield SendAgain(address)
-    for address in staying:
-        if _rejects(actual, address) != _rejects(desired, address):
-            yield JudgeAgain(address)
-
-
-def _acts(verdict: object) -> object:
-    """A verdict by what it does to the path, without the names of the sets that led to it."""
-    return (verdict, False) if isinstance(verdict, bool) else (verdict.accept, verdict.next_hop_self)  # type: ignore[attr-defined]
-
-
-def _rejects(state: BgpState, address: str) -> object:
-    """What the import policy says to routes of a peer: the ordered verdicts that concern it, and the default."""
-    if not state.import_.policies:
-        return state.import_.accept
-    concerned = []
-    for statement in state.policies.import_:
-        members = state.policies.neighbor_sets.get(statement.neighbor_set, frozenset())
-        if not members or among(address, members):
-            concerned.append((state.policies.prefix_sets.get(statement.prefix_set, frozenset()), statement.accept))
-    return tuple(concerned), state.import_.accept
+    for address in found.judge:
+        yield JudgeAgain(address)
 
 
 def _differences(actual: Neighbor, desired: Neighbor) -> Iterator[str]:
@@ -293,6 +314,13 @@ def _differences(actual: Neighbor, desired: Neighbor) -> Iterator[str]:
             yield f"{name} {_text(before)} -> {_text(after)}"
     if actual.password != desired.password:
         yield "password changed"
+
+
+def _some(items: Sequence[str]) -> str:
+    """All items, or of more than a line's worth the first few and how many there are."""
+    if len(items) <= MOST_LISTED:
+        return ", ".join(items)
+    return f"{', '.join(items[:3])}, … {len(items)} in all"
 
 
 def _text(value: object) -> str:

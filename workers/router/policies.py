@@ -1,37 +1,72 @@
 """The export and import policies: who may learn what, and what nobody may teach us.
 
-Pure: peers and prefixes in, `Policies` out; and `decision`, gobgpd's evaluation of them, to foresee a change's effect.
+Pure: peers and prefixes in, `Policies` out. ``docs/routing.md`` shows the same as tables.
 
-========================= ========================== ===================================
-route                     to a node (iBGP)           to an external peer
-========================= ========================== ===================================
-own pod CIDR              yes                        with ``--advertise-pod-cidr``
-anything learned          no                         no
-========================= ========================== ===================================
+==================================== ========================== ===================================
+route                                to a node (iBGP)           to an external peer
+==================================== ========================== ===================================
+own pod CIDR                         yes                        with ``--advertise-pod-cidr``
+own Service address                  no                         yes
+learned from anybody                 no; a reflector: yes       no
+other node's pod CIDR                as learned                 a reflector with ``--advertise-pod-cidr``
+==================================== ========================== ===================================
 
-Accepted from any peer: everything but the default routes. Set and statement names are kube-router's. A statement
-exists only when both of its sets have members: gobgpd takes an empty neighbour set as "every neighbour", so a statement
-with an empty one would give our pod CIDRs to everybody. Neighbour sets are per family of the *session*, prefix sets per
-family of the *route*; all four pairs exist, because one session carries both families.
+Accepted from any peer: everything but Service addresses, default routes, the operator's list, and what is ours
+(``refused.py``). Set and statement names and their order are kube-router's; sets and statements of ours come last.
 
-The place for later features: service addresses (``SERVICE_VIP_SETS``) go before the pod CIDRs in the external exports
-and before the default routes in the imports; custom rejects (``CUSTOM_REJECT_SETS``) end the imports; communities and
-path prepending are further actions of the external statements; a route reflector exports learned routes to its clients.
+A statement exists only when both of its sets have members: gobgpd takes an empty neighbour set as "every neighbour", so
+a statement with an empty one would give our pod CIDRs to everybody. Neighbour sets are per family of the *session*,
+prefix sets per family of the *route*; all four pairs exist, because one session carries both families.
+
+The members of one prefix set are either all exact, or all "this and every part of it". Then it makes no difference that
+gobgpd 3.x asks only the longest member that contains a prefix, and 4.x all of them.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from kube_router.workers.model import Family, IPNetwork
 from kube_router.workers.router import names
-from kube_router.workers.router.bgpstate import Assignment, Policies, PrefixRange, Statement
+from kube_router.workers.router.bgpstate import (
+    LEARNED_EXTERNAL,
+    LEARNED_INTERNAL,
+    Attributes,
+    Policies,
+    PrefixRange,
+    Statement,
+    host_prefix,
+)
+from kube_router.workers.router.refused import Refused, around, inside
 
 T = TypeVar("T")
 
+NO_ATTRIBUTES = Attributes()
+NOTHING_REFUSED = Refused()
 DEFAULT_ROUTES = {Family.IPV4: PrefixRange("0.0.0.0/0", 0, 0), Family.IPV6: PrefixRange("::/0", 0, 0)}
+
+
+@dataclass(slots=True)
+class _Sets:
+    """Sets with members, by name."""
+
+    prefixes: dict[str, frozenset[PrefixRange]] = field(default_factory=dict)
+    neighbors: dict[str, frozenset[str]] = field(default_factory=dict)
+
+    def pairs(
+        self, peer_sets: Mapping[Family, str], *route_sets: Mapping[Family, str]
+    ) -> Iterator[tuple[Family, Family, str, str]]:
+        """(peer's family, route's family, prefix set, neighbour set) of those that have members, in kube-router's
+        order.
+        """
+        for peer in Family:
+            for sets in route_sets:
+                for route in Family:
+                    if peer_sets[peer] in self.neighbors and sets[route] in self.prefixes:
+                        yield peer, route, sets[route], peer_sets[peer]
 
 
 def desired_policies(
@@ -41,106 +76,125 @@ def desired_policies(
     external: Iterable[str],
     advertise_pod_cidr: bool,
     override_next_hop: bool,
+    service_vips: Iterable[str] = (),
+    known_vips: Iterable[str] = (),
+    attributes: Attributes = NO_ATTRIBUTES,
+    refused: Refused = NOTHING_REFUSED,
+    reflected: Iterable[IPNetwork] | None = None,
 ) -> Policies:
     """The policies of a node.
 
     ``internal`` and ``external`` are the peers' addresses. ``override_next_hop`` replaces the next hop towards
     external peers by the session's own address, for routes of the session's family only: the other family's next hop
-    would get an address that it cannot use.
+    would get an address that it cannot use. ``service_vips``: addresses of Services that are announced here;
+    ``known_vips``: of any Service. ``attributes`` are added to what external peers get. ``reflected``: the other nodes'
+    pod CIDRs on a route reflector, None on any other node.
     """
-    internal, external = tuple(internal), tuple(external)
-    prefix_sets = {
-        **_prefix_sets(names.POD_CIDR_SETS, pod_cidrs),
-        **{names.DEFAULT_ROUTE_SETS[family]: frozenset({item}) for family, item in DEFAULT_ROUTES.items()},
-    }
-    neighbor_sets = {
-        **_neighbor_sets(names.IBGP_PEER_SETS, internal),
-        **_neighbor_sets(names.EXTERNAL_PEER_SETS, external),
-        **_neighbor_sets(names.ALL_PEER_SETS, (*external, *internal)),
-    }
-
-    def statements(
-        peer_sets: Mapping[Family, str], route_sets: Mapping[Family, str], *, accept: bool, own_hop: bool = False
-    ) -> list[Statement]:
-        return [
-            Statement(route_sets[route], peer_sets[peer], accept, own_hop and route == peer)
-            for peer in Family
-            for route in Family
-            if peer_sets[peer] in neighbor_sets and route_sets[route] in prefix_sets
-        ]
-
-    export = statements(names.IBGP_PEER_SETS, names.POD_CIDR_SETS, accept=True)
-    if advertise_pod_cidr:
-        export += statements(names.EXTERNAL_PEER_SETS, names.POD_CIDR_SETS, accept=True, own_hop=override_next_hop)
-    import_ = statements(names.ALL_PEER_SETS, names.DEFAULT_ROUTE_SETS, accept=False)
-    return Policies(prefix_sets, neighbor_sets, tuple(export), tuple(import_))
+    internal, external, service_vips = tuple(internal), tuple(external), tuple(service_vips)
+    sets = _Sets()
+    _sorted_in(sets, names.SERVICE_VIP_SETS, map(_host, service_vips))
+    _sorted_in(sets, names.POD_CIDR_SETS, map(_whole, pod_cidrs))
+    _sorted_in(sets, names.NODE_POD_CIDR_SETS, map(_whole, reflected or ()))
+    _sorted_in(sets, names.DEFAULT_ROUTE_SETS, DEFAULT_ROUTES.values())
+    _sorted_in(sets, names.CUSTOM_REJECT_SETS, map(inside, refused.custom))
+    _sorted_in(sets, names.KNOWN_VIP_SETS, map(_host, {*known_vips, *service_vips}))
+    _sorted_in(sets, names.PROTECTED_SETS, map(inside, refused.protected))
+    _sorted_in(sets, names.COVERING_SETS, around(refused.protected) if refused.covering else ())
+    _neighbors(sets, names.IBGP_PEER_SETS, internal)
+    _neighbors(sets, names.EXTERNAL_PEER_SETS, external)
+    _neighbors(sets, names.ALL_PEER_SETS, (*external, *internal))
+    export = [Statement(prefix_set, peers, True) for *_, prefix_set, peers in sets.pairs(*_INTERNAL)]
+    if reflected is not None:
+        export += _reflections(sets)
+    for peer, route, prefix_set, peers in sets.pairs(*_EXTERNAL):
+        if advertise_pod_cidr or prefix_set not in names.POD_CIDR_SETS.values():
+            actions = replace(attributes, next_hop_self=override_next_hop and peer == route)
+            export.append(Statement(prefix_set, peers, True, actions))
+    if reflected is not None and advertise_pod_cidr:
+        export += _pod_cidrs_of_others(sets, attributes, override_next_hop)
+    rejects = (Statement(prefix_set, peers, False) for *_, prefix_set, peers in sets.pairs(*_IMPORT))
+    return Policies(sets.prefixes, sets.neighbors, tuple(export), tuple(rejects))
 
 
-def _prefix_sets(set_names: Mapping[Family, str], networks: Iterable[IPNetwork]) -> dict[str, frozenset[PrefixRange]]:
+_INTERNAL = (names.IBGP_PEER_SETS, names.POD_CIDR_SETS)
+_EXTERNAL = (names.EXTERNAL_PEER_SETS, names.SERVICE_VIP_SETS, names.POD_CIDR_SETS)
+_IMPORT = (
+    names.ALL_PEER_SETS,
+    names.SERVICE_VIP_SETS,
+    names.DEFAULT_ROUTE_SETS,
+    names.CUSTOM_REJECT_SETS,
+    names.KNOWN_VIP_SETS,
+    names.PROTECTED_SETS,
+    names.COVERING_SETS,
+)
+
+
+def _reflections(sets: _Sets) -> Iterator[Statement]:
+    """A reflector's nodes get what others have told it, whoever they were; RFC 4456 decides which node gets what."""
+    for peers in names.IBGP_PEER_SETS.values():
+        if peers in sets.neighbors:
+            for learned in (LEARNED_INTERNAL, LEARNED_EXTERNAL):
+                yield Statement("", peers, True, learned=learned)
+
+
+def _pod_cidrs_of_others(sets: _Sets, attributes: Attributes, override_next_hop: bool) -> Iterator[Statement]:
+    """A reflector's external peers get the nodes' pod CIDRs, when it was a node that told it.
+
+    Only routes of the session's family: gobgpd puts the session's address into a learned route that leaves the AS, and
+    in one of the other family that address is of no use.
+    """
+    for peer, route, prefix_set, peers in sets.pairs(names.EXTERNAL_PEER_SETS, names.NODE_POD_CIDR_SETS):
+        if peer == route:
+            actions = replace(attributes, next_hop_self=override_next_hop)
+            yield Statement(prefix_set, peers, True, actions, LEARNED_INTERNAL)
+
+
+def _host(address: str) -> PrefixRange:
+    length = 128 if ":" in address else 32
+    return PrefixRange(host_prefix(address), length, length)
+
+
+def _whole(network: IPNetwork) -> PrefixRange:
+    return PrefixRange(str(network), network.prefixlen, network.prefixlen)
+
+
+def _sorted_in(sets: _Sets, set_names: Mapping[Family, str], ranges: Iterable[PrefixRange]) -> None:
+    """Sort ranges into the sets of their families."""
     members: dict[str, set[PrefixRange]] = {}
-    for network in networks:
-        item = PrefixRange(str(network), network.prefixlen, network.prefixlen)
-        members.setdefault(set_names[Family(network.version)], set()).add(item)
-    return {name: frozenset(items) for name, items in members.items()}
+    for item in ranges:
+        family = Family.IPV6 if ":" in item.prefix else Family.IPV4
+        members.setdefault(set_names[family], set()).add(item)
+    sets.prefixes.update((name, frozenset(items)) for name, items in members.items())
 
 
-def _neighbor_sets(set_names: Mapping[Family, str], addresses: Iterable[str]) -> dict[str, frozenset[str]]:
+def _neighbors(sets: _Sets, set_names: Mapping[Family, str], addresses: Iterable[str]) -> None:
     members: dict[str, set[str]] = {}
     for text in addresses:
         network = ipaddress.ip_network(text)
         members.setdefault(set_names[Family(network.version)], set()).add(str(network))
-    return {name: frozenset(items) for name, items in members.items()}
+    sets.neighbors.update((name, frozenset(items)) for name, items in members.items())
 
 
 def merged(actual: Policies, desired: Policies) -> Policies:
-    """Both at once: what a node may do that must not yet take anything away (every set the union of its two)."""
+    """Both at once: what a node may do that must not yet take anything away (every set the union of its two).
+
+    A statement that both have is as ``desired`` has it.
+    """
     return Policies(
         prefix_sets=_union(actual.prefix_sets, desired.prefix_sets),
         neighbor_sets=_union(actual.neighbor_sets, desired.neighbor_sets),
-        export=tuple(dict.fromkeys((*desired.export, *actual.export))),
-        import_=tuple(dict.fromkeys((*desired.import_, *actual.import_))),
+        export=_statements(desired.export, actual.export),
+        import_=_statements(desired.import_, actual.import_),
     )
+
+
+def _statements(first: Iterable[Statement], then: Iterable[Statement]) -> tuple[Statement, ...]:
+    by_name = {statement.name: statement for statement in first}
+    for statement in then:
+        by_name.setdefault(statement.name, statement)
+    return tuple(by_name.values())
 
 
 def _union(left: Mapping[str, frozenset[T]], right: Mapping[str, frozenset[T]]) -> dict[str, frozenset[T]]:
     none: frozenset[T] = frozenset()
     return {name: left.get(name, none) | right.get(name, none) for name in {**left, **right}}
-
-
-def decision(
-    policies: Policies, assignment: Assignment, statements: Sequence[Statement], prefix: str, neighbor: str
-) -> Statement | bool:
-    """What gobgpd does with ``prefix`` towards (export) or from (import) ``neighbor``.
-
-    Returns the first statement that matches, or the assignment's default. An assignment without policies never looks
-    at the statements. As gobgpd: an empty neighbour set matches every neighbour, an empty prefix set no prefix.
-    """
-    if assignment.policies:
-        network = ipaddress.ip_network(prefix)
-        for statement in statements:
-            ranges = policies.prefix_sets.get(statement.prefix_set, frozenset())
-            members = policies.neighbor_sets.get(statement.neighbor_set, frozenset())
-            if not any(_covers(item, network) for item in ranges):
-                continue
-            if not members or among(neighbor, members):
-                return statement
-    return assignment.accept
-
-
-def among(address: str, members: frozenset[str]) -> bool:
-    """Whether a neighbour set has ``address``; our sets hold host prefixes only."""
-    return f"{address}/{128 if ':' in address else 32}" in members
-
-
-def accepts(verdict: Statement | bool) -> bool:
-    """Whether a `decision` lets the path pass."""
-    return verdict if isinstance(verdict, bool) else verdict.accept
-
-
-def _covers(item: PrefixRange, network: IPNetwork) -> bool:
-    outer = ipaddress.ip_network(item.prefix)
-    return (
-        outer.version == network.version
-        and item.shortest <= network.prefixlen <= item.longest
-        and network.network_address in outer
-    )

@@ -30,13 +30,14 @@ from kube_router.workers.router.plan import (
     AddNeighbor,
     AddPath,
     Assign,
+    ChangeSet,
     JudgeAgain,
     Plan,
-    Readvertise,
     RemoveNeighbor,
     RemovePath,
     ReplaceDaemon,
     ReplaceNeighbor,
+    Retract,
     SendAgain,
     SetPolicies,
     StartSpeaker,
@@ -155,7 +156,7 @@ class Client:
         done, failures = 0, []
         closed = False
         for step in plan.steps:
-            if closed and isinstance(step, (Assign, AddPath, Readvertise, AddNeighbor, ReplaceNeighbor, SendAgain)):
+            if closed and isinstance(step, (Assign, AddPath, Retract, AddNeighbor, ReplaceNeighbor, SendAgain)):
                 continue
             try:
                 self.apply_step(step)
@@ -166,7 +167,7 @@ class Client:
                 failures.append(Failure(_phase(step), f"cannot {_first_line(step)}: {error}"))
                 if isinstance(step, StartSpeaker | ReplaceDaemon):
                     break
-                closed = closed or isinstance(step, SetPolicies | Assign)
+                closed = closed or isinstance(step, SetPolicies | ChangeSet | Assign)
         return done, tuple(failures)
 
     def apply_step(self, step: Step) -> None:
@@ -182,6 +183,11 @@ class Client:
                     raise GobgpError(f"cannot end gobgpd: {error}") from error
             case SetPolicies(policies):
                 self._call("SetPolicies", convert.policies_message(self.dialect, policies))
+            case ChangeSet(name, add, remove):
+                if add:
+                    self._call("AddDefinedSet", convert.set_change(self.dialect, name, add, add=True))
+                if remove:
+                    self._call("DeleteDefinedSet", convert.set_change(self.dialect, name, remove, add=False))
             case Assign(direction, assignment):
                 message = convert.assignment_message(self.dialect, direction, assignment)
                 self._call("SetPolicyAssignment", self._messages.SetPolicyAssignmentRequest(assignment=message))
@@ -189,9 +195,8 @@ class Client:
                 self._add_paths(((prefix, next_hop),))
             case RemovePath(prefix, next_hop):
                 self._delete_path(prefix, next_hop)
-            case Readvertise(prefix, next_hop):
-                self._delete_path(prefix, next_hop)
-                self._add_paths(((prefix, next_hop),))
+            case Retract():
+                self._retract(step)
             case RemoveNeighbor(neighbor):
                 self._delete_peer(neighbor)
             case ReplaceNeighbor(actual, desired):
@@ -284,6 +289,18 @@ class Client:
             self._call("UpdatePeer", self._messages.PeerRequest(peer=message))
         self._call("DeletePeer", self._messages.DeletePeerRequest(address=neighbor.address))
 
+    def _retract(self, step: Retract) -> None:
+        if self.generation >= 4:
+            for address in step.addresses:
+                self._soft_reset(address, self._messages.RESET_OUT)
+            return
+        for prefix, next_hop in step.paths:
+            self._delete_path(prefix, next_hop)
+        if step.paths:
+            self._add_paths(step.paths)
+        for address in step.learned:
+            self._call("ResetPeer", self._messages.ResetPeerRequest(address=address))
+
     def _soft_reset(self, address: str, direction: int) -> None:
         request = self._messages.ResetPeerRequest(address=address, soft=True, direction=direction)
         self._call("ResetPeer", request)
@@ -329,9 +346,9 @@ def _phase(step: Step) -> str:
     match step:
         case StartSpeaker() | ReplaceDaemon():
             return "bgp-start"
-        case SetPolicies() | Assign() | SendAgain() | JudgeAgain():
+        case SetPolicies() | ChangeSet() | Assign() | Retract() | SendAgain() | JudgeAgain():
             return "bgp-policies"
-        case AddPath() | RemovePath() | Readvertise():
+        case AddPath() | RemovePath():
             return "bgp-paths"
         case _:
             return "bgp-peers"

@@ -14,7 +14,10 @@ from kube_router.ipc.messages import Session
 from kube_router.workers.model import Family, IPAddress, IPNetwork
 from kube_router.workers.router import names
 from kube_router.workers.router.bgpstate import (
+    LEARNED_EXTERNAL,
+    LEARNED_INTERNAL,
     Assignment,
+    Attributes,
     Neighbor,
     Policies,
     PrefixRange,
@@ -141,17 +144,7 @@ def session_of(peer: Any, own_asn: int) -> Session:
 def policies_message(dialect: Dialect, policies: Policies) -> Any:
     """The argument of SetPolicies: all sets, statements and policies."""
     messages = dialect.messages
-    sets = [
-        messages.DefinedSet(
-            defined_type=messages.DEFINED_PREFIX,
-            name=name,
-            prefixes=[
-                messages.Prefix(ip_prefix=item.prefix, mask_length_min=item.shortest, mask_length_max=item.longest)
-                for item in sorted(members)
-            ],
-        )
-        for name, members in sorted(policies.prefix_sets.items())
-    ]
+    sets = [_prefix_set_message(dialect, name, members) for name, members in sorted(policies.prefix_sets.items())]
     sets += [
         messages.DefinedSet(defined_type=messages.DEFINED_NEIGHBOR, name=name, list=sorted(members))
         for name, members in sorted(policies.neighbor_sets.items())
@@ -168,16 +161,54 @@ def policies_message(dialect: Dialect, policies: Policies) -> Any:
 
 def _statement_message(dialect: Dialect, statement: Statement) -> Any:
     messages = dialect.messages
+    conditions = messages.Conditions(
+        neighbor_set=messages.MatchSet(type=messages.MATCH_ANY, name=statement.neighbor_set)
+    )
+    if statement.prefix_set:
+        conditions.prefix_set.type = messages.MATCH_ANY
+        conditions.prefix_set.name = statement.prefix_set
+    if statement.learned:
+        conditions.route_type = _learned_from(messages)[statement.learned]
+    return messages.Statement(name=statement.name, conditions=conditions, actions=_actions_message(dialect, statement))
+
+
+def _actions_message(dialect: Dialect, statement: Statement) -> Any:
+    messages, attributes = dialect.messages, statement.attributes
     actions = messages.Actions(route_action=messages.ROUTE_ACCEPT if statement.accept else messages.ROUTE_REJECT)
-    if statement.next_hop_self:
+    if attributes.next_hop_self:
         actions.nexthop.self = True
-    return messages.Statement(
-        name=statement.name,
-        conditions=messages.Conditions(
-            prefix_set=messages.MatchSet(type=messages.MATCH_ANY, name=statement.prefix_set),
-            neighbor_set=messages.MatchSet(type=messages.MATCH_ANY, name=statement.neighbor_set),
-        ),
-        actions=actions,
+    if attributes.prepend is not None:
+        actions.as_prepend.asn, actions.as_prepend.repeat = attributes.prepend
+    for field, values in (
+        (actions.community, attributes.communities),
+        (actions.large_community, attributes.large_communities),
+    ):
+        if values:
+            field.type = messages.COMMUNITY_ADD
+            field.communities.extend(values)
+    return actions
+
+
+def _learned_from(messages: Any) -> dict[str, int]:
+    return {LEARNED_INTERNAL: messages.LEARNED_INTERNAL, LEARNED_EXTERNAL: messages.LEARNED_EXTERNAL}
+
+
+def set_change(dialect: Dialect, name: str, members: Iterable[PrefixRange], *, add: bool) -> Any:
+    """The argument of AddDefinedSet or DeleteDefinedSet: members of a prefix set that come or go."""
+    messages = dialect.messages
+    request = messages.AddDefinedSetRequest if add else messages.DeleteDefinedSetRequest
+    return request(defined_set=_prefix_set_message(dialect, name, members))
+
+
+def _prefix_set_message(dialect: Dialect, name: str, members: Iterable[PrefixRange]) -> Any:
+    messages = dialect.messages
+    return messages.DefinedSet(
+        defined_type=messages.DEFINED_PREFIX,
+        name=name,
+        prefixes=[
+            messages.Prefix(ip_prefix=item.prefix, mask_length_min=item.shortest, mask_length_max=item.longest)
+            for item in sorted(members)
+        ],
     )
 
 
@@ -200,21 +231,41 @@ def policies_of(dialect: Dialect, prefix_sets: Iterable[Any], neighbor_sets: Ite
 
 
 def _statement_of(dialect: Dialect, message: Any) -> Statement:
+    sources = {number: name for name, number in _learned_from(dialect.messages).items()}
     statement = Statement(
         prefix_set=message.conditions.prefix_set.name,
         neighbor_set=message.conditions.neighbor_set.name,
         accept=message.actions.route_action == dialect.messages.ROUTE_ACCEPT,
-        next_hop_self=message.actions.nexthop.self,
-    )
-    any_of = dialect.messages.MATCH_ANY
-    ours = (
-        statement.name == message.name
-        and message.actions.route_action != dialect.messages.ROUTE_NONE
-        and message.conditions.prefix_set.type == any_of
-        and message.conditions.neighbor_set.type == any_of
+        attributes=_attributes_of(message.actions),
+        learned=sources.get(message.conditions.route_type, ""),
     )
     # Someone else's statement must not compare equal to one of ours.
+    ours = message.name == statement.name and _says_the_same(dialect, message, statement)
     return statement if ours else Statement(f"foreign:{message.name}:", "", statement.accept)
+
+
+def _attributes_of(actions: Any) -> Attributes:
+    prepend = actions.as_prepend
+    return Attributes(
+        next_hop_self=actions.nexthop.self,
+        prepend=(prepend.asn, prepend.repeat) if prepend.repeat else None,
+        communities=tuple(actions.community.communities),
+        large_communities=tuple(actions.large_community.communities),
+    )
+
+
+def _says_the_same(dialect: Dialect, message: Any, statement: Statement) -> bool:
+    """Whether a statement read back says what ``statement`` would be sent as, of all that we know of."""
+    wanted = _statement_message(dialect, statement)
+    pairs = (
+        (message.actions.route_action, wanted.actions.route_action),
+        (message.actions.community.type, wanted.actions.community.type),
+        (message.actions.large_community.type, wanted.actions.large_community.type),
+        (message.conditions.prefix_set, wanted.conditions.prefix_set),
+        (message.conditions.neighbor_set, wanted.conditions.neighbor_set),
+        (message.conditions.route_type, wanted.conditions.route_type),
+    )
+    return all(found == asked for found, asked in pairs)
 
 
 def assignment_of(dialect: Dialect, message: Any) -> Assignment:
