@@ -20,6 +20,10 @@ ANNOTATION_PREFIX = "kube-router.io/"
 POD_CIDR = ANNOTATION_PREFIX + "pod-cidr"
 POD_CIDRS = ANNOTATION_PREFIX + "pod-cidrs"
 NODE_ASN = ANNOTATION_PREFIX + "node.asn"
+RR_SERVER = ANNOTATION_PREFIX + "rr.server"
+RR_CLIENT = ANNOTATION_PREFIX + "rr.client"
+AS_TRANS = 23456
+"""Stands for any AS number above 65535 on the wire (RFC 6793); no speaker has it."""
 
 DEPRECATED_ANNOTATION = "DeprecatedAnnotation"
 INVALID_ASN = "InvalidASN"
@@ -38,6 +42,14 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
+class Reflection:
+    """A route reflector's role: server or client of a cluster, whose id is a dotted quad (empty: it is unreadable)."""
+
+    server: bool
+    cluster_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class NodeFacts:
     """Facts of one node, restricted to the enabled families.
 
@@ -53,6 +65,7 @@ class NodeFacts:
     pod_cidrs: tuple[IPNetwork, ...]
     asn: int | None
     problems: tuple[Problem, ...]
+    reflection: Reflection | None = None
 
     def address(self, family: Family) -> IPAddress | None:
         """The best address of a family: the primary if it is of that family, else the first one listed."""
@@ -120,6 +133,7 @@ def node_facts(node: Node, families: Iterable[Family]) -> NodeFacts:
         pod_cidrs=_pod_cidrs(node, enabled, problems),
         asn=_asn(node, problems),
         problems=tuple(problems),
+        reflection=_reflection(node),
     )
 
 
@@ -194,12 +208,37 @@ def _asn(node: Node, problems: list[Problem]) -> int | None:
         value = parse_base0(text)
     except ValueError:
         value = -1
-    if 0 < value < 2**32:
+    if 0 < value < 2**32 and value != AS_TRANS:
         return value
-    problems.append(
-        Problem(INVALID_ASN, f"node {node.name}: annotation {NODE_ASN}: {text!r} is not an AS number (1-4294967295)")
-    )
+    rule = f"is not an AS number (1-4294967295, not {AS_TRANS})"
+    problems.append(Problem(INVALID_ASN, f"node {node.name}: annotation {NODE_ASN}: {text!r} {rule}"))
     return None
+
+
+def _reflection(node: Node) -> Reflection | None:
+    """The role by annotation: ``rr.server`` goes before ``rr.client``. A bad id leaves the role."""
+    for key, server in ((RR_SERVER, True), (RR_CLIENT, False)):
+        text = node.annotations.get(key)
+        if text is not None:
+            try:
+                return Reflection(server, parse_cluster_id(text))
+            except ValueError:
+                return Reflection(server, "")
+    return None
+
+
+def parse_cluster_id(text: str) -> str:
+    """A route reflector's cluster id as dotted quad: an IPv4 address, or a 32-bit number by Go's base-0 rules.
+
+    Raises ValueError. Zero is none (RFC 4456).
+    """
+    try:
+        number = int(ipaddress.IPv4Address(text)) if "." in text else parse_base0(text)
+    except ValueError:
+        number = 0
+    if not 0 < number < 2**32:
+        raise ValueError(f"{text!r} is no cluster id")
+    return str(ipaddress.IPv4Address(number))
 
 
 def parse_base0(text: str) -> int:

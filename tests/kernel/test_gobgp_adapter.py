@@ -27,10 +27,18 @@ EXTERNAL: dict[str, Any] = {
     "bgp_holdtime": 30.0,
     "passwords": ("geheim", ""),
 }
+SERVER = node("a", ["10.0.0.1", "2001:db8::1"], ["10.244.1.0/24", "fd00:1::/64"], {"rr.server": "0x2a"})
+CLIENT = node("b", ["10.0.0.2", "2001:db8::2"], ["10.244.2.0/24", "fd00:2::/64"], {"rr.client": "42"})
+GRACEFUL: dict[str, Any] = {"bgp_graceful_restart": True, "bgp_graceful_restart_time": 40.0}
 STATES = {
     "alone": asking(A, bgp_port=1790).state,
     "mesh": asking(A, B, C, bgp_port=1790).state,
     "external": asking(A, B, bgp_port=1790, override_nexthop=True, **EXTERNAL).state,
+    "reflecting": asking(SERVER, CLIENT, C, bgp_port=1790).state,
+    "graceful": asking(SERVER, CLIENT, C, bgp_port=1790, bgp_max_prefixes=0, **GRACEFUL, **EXTERNAL).state,
+    "long-lived": asking(
+        A, B, bgp_port=1790, bgp_long_lived_graceful_restart_time=3600.0, **GRACEFUL, **EXTERNAL
+    ).state,
     "hidden": asking(A, B, bgp_port=1790, advertise_pod_cidr=False, **EXTERNAL).state,
 }
 
@@ -62,12 +70,23 @@ def test_generation_is_found_and_a_fresh_daemon_reads_as_such(client: Client, da
 
 def test_every_state_reads_back_as_it_was_asked_for_from_every_other(client: Client) -> None:
     """One daemon through all changes: no step may leave something of the state before."""
-    order = ["alone", "mesh", "external", "hidden", "mesh", "alone", "external", "alone"]
+    order = ["alone", "mesh", "external", "hidden", "mesh", "alone", "external", "alone", "reflecting", "graceful"]
+    order += ["long-lived", "reflecting", "long-lived", "mesh"]
     for name in order:
         apply(client, STATES[name])
         observed = client.observe()
         assert observed == STATES[name], name
         assert diff(observed, STATES[name]) == Plan(), name
+
+
+def test_bfd_reads_back_as_asked_for_where_the_daemon_has_it(client: Client) -> None:
+    wanted = asking(A, B, bgp_port=1790, enable_bfd=True, bfd_desired_min_tx_interval=300, **EXTERNAL).state
+    apply(client, wanted)
+    observed = client.observe()
+    without = asking(A, B, bgp_port=1790, **EXTERNAL).state
+    assert observed == (wanted if client.generation == 4 else without)
+    apply(client, without)
+    assert client.observe() == without
 
 
 def test_a_changed_next_hop_replaces_the_path(client: Client) -> None:

@@ -32,13 +32,14 @@ def asking(
     actual: BgpState = FRESH,
     passwords: Sequence[str] = (),
     vips: Vips = NO_VIPS,
+    unbindable: Sequence[str] = (),
     **flags: Any,
 ) -> DesiredBgp:
     """What node ``own`` of a dual-stack cluster is to do; ``flags`` are fields of `Settings`."""
     settings = Settings(**{"enable_ipv6": True, "node_name": own.name, **flags})
     facts = [node_facts(item, settings.families) for item in (own, *others)]
     secrets = Secrets(peer_router_passwords=tuple(passwords))
-    return desired_bgp(own, facts[0], facts, settings, secrets, actual, vips)
+    return desired_bgp(own, facts[0], facts, settings, secrets, actual, vips, unbindable=unbindable)
 
 
 def own_state(speaker_asn: int = 64512) -> BgpState:

@@ -7,7 +7,8 @@ import ipaddress
 
 import pytest
 
-from kube_router.workers.router.peers import ExternalPeer, ExternalPeers, bfd_wanted, external_peers
+from kube_router.workers.router.bgpstate import Bfd
+from kube_router.workers.router.peers import ExternalPeer, ExternalPeers, external_peers
 from kube_router.workers.settings import Secrets, Settings
 
 SECRET = "s3cret-w0rd"
@@ -33,8 +34,6 @@ def test_peers_annotation_in_full_and_at_its_shortest() -> None:
   port: 1179
   localip: 2001:db8::9
   password: {ENCODED}
-  unknown: whatever
-  bfd: {{enabled: true}}
 """
     found = of({"peers": text})
     assert found.problems == ()
@@ -42,7 +41,60 @@ def test_peers_annotation_in_full_and_at_its_shortest() -> None:
         peer("10.0.1.1", 64640),
         peer("2001:10:20:30:40:50:1:2", 64640, 1179, "2001:db8::9", SECRET),
     )
-    assert bfd_wanted({"kube-router.io/peers": text})
+
+
+def test_each_peer_has_its_own_hold_time_ttl_and_bfd() -> None:
+    text = """
+- {remoteip: 10.0.1.1, remoteasn: 64640, multihopttl: 3, holdtime: 30, bfd: {enabled: true}}
+- remoteip: 10.0.1.2
+  remoteasn: 64640
+  bfd: {enabled: t, port: 4784, detection_multiplier: 5, desired_min_tx_interval: 50, required_min_rx_interval: 60}
+- {remoteip: 10.0.1.3, remoteasn: 64640, bfd: {enabled: false, detection_multiplier: 5}}
+- {remoteip: 10.0.1.4, remoteasn: 64640, bfd: , holdtime: ~}
+"""
+    found = of({"peers": text})
+    assert found.problems == ()
+    assert [(item.multihop_ttl, item.hold_seconds, item.bfd) for item in found.peers] == [
+        (3, 30, Bfd()),
+        (None, None, Bfd(4784, 5, 50, 60)),
+        (None, None, None),
+        (None, None, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("field", "word"),
+    [
+        ("holdtime: 2", "holdtime '2'"),
+        ("holdtime: 90s", "holdtime '90s'"),
+        ("multihopttl: 256", "multihopttl '256'"),
+        ("bfd: yes", "bfd is not a mapping"),
+        ("bfd: {enabled: perhaps}", "bfd: enabled 'perhaps'"),
+        ("bfd: {enabled: true, detection_multiplier: 0}", "bfd: detection_multiplier '0'"),
+        ("bfd: {enabled: true, desired_min_tx_interval: 4294968}", "bfd: desired_min_tx_interval '4294968'"),
+        ("bfd: {enabled: true, port: [1]}", "bfd: port ['1']"),
+    ],
+)
+def test_a_field_out_of_its_range_spoils_its_peer_only(field: str, word: str) -> None:
+    found = of(
+        {"peers": f"- {{remoteip: 10.0.1.1, remoteasn: 65000, {field}}}\n- {{remoteip: 10.0.1.2, remoteasn: 1}}"}
+    )
+    assert ([str(item.address) for item in found.peers], found.held) == (["10.0.1.2"], frozenset({"10.0.1.1"}))
+    assert word in found.problems[0].text and "peer 1" in found.problems[0].text
+
+
+def test_unknown_keys_are_named_and_do_not_hurt() -> None:
+    found = of({"peers": "- {remoteip: 10.0.1.1, remoteasn: 65000, ttl: 3, secret: x, bfd: {fast: true}}"})
+    assert found.peers == (peer("10.0.1.1", 65000),)
+    (problem,) = found.problems
+    assert "peer 1: unknown keys are ignored: 'bfd.fast, secret, ttl'" in problem.text
+
+
+def test_flags_give_bfd_to_all_flag_peers() -> None:
+    settings = Settings(
+        peer_router_ips=("10.0.1.1", "10.0.1.2"), peer_router_asns=(65000, 65001), enable_bfd=True, bfd_port=4784
+    )
+    assert [item.bfd for item in external_peers(settings, Secrets(), "n", {}).peers] == [Bfd(port=4784)] * 2
 
 
 def test_peer_lists_side_by_side_with_blanks() -> None:

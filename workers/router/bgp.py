@@ -15,7 +15,7 @@ import os
 import select
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kube_router.ipc.messages import Component, Node, Notice, Session
@@ -26,6 +26,7 @@ from kube_router.workers.router.bgpstate import BgpState, Policies, Speaker, is_
 from kube_router.workers.router.desired import DesiredBgp, desired_bgp
 from kube_router.workers.router.gobgp.client import Client, GobgpError, connect
 from kube_router.workers.router.gobgp.watch import Taken, Watch
+from kube_router.workers.router.neighbors import without_bfd
 from kube_router.workers.router.plan import (
     AddPath,
     Plan,
@@ -271,7 +272,7 @@ class Bgp:
             actual = client.observe(dict(self._rib.local) if self._complete else None)
         else:
             actual = self._believed
-        self._desired = desired_bgp(own_node, own, nodes, self._settings, self._secrets, actual, vips)
+        self._desired = self._wish(client, own_node, own, nodes, actual, vips)
         wanted = self._desired.state
         plan = diff(actual, wanted, keep=keep, learned=self._rib.routes if self._complete else None)
         if keep and actual.speaker is not None:
@@ -292,6 +293,16 @@ class Bgp:
             self._open_watch(client)
         if not self._failures:
             self._synced = self._clock.time()
+
+    def _wish(
+        self, client: Client, node: Node, own: NodeFacts, nodes: Sequence[NodeFacts], actual: BgpState, vips: Vips
+    ) -> DesiredBgp:
+        """The desired state, as far as this daemon can have it."""
+        desired = desired_bgp(node, own, nodes, self._settings, self._secrets, actual, vips)
+        if client.generation == 3:
+            state, problems = without_bfd(desired.state, "gobgpd 3")
+            desired = replace(desired, state=state, problems=(*desired.problems, *problems))
+        return desired
 
     def _refuse_loop(self, plan: Plan, actual: BgpState) -> tuple[Failure, ...]:
         """A failure when gobgpd was restarted for the same wish before, and still reads back something else."""

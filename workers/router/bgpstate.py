@@ -7,7 +7,7 @@ that mean the same are equal.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kube_router.workers.model import Family
 from kube_router.workers.router import names
@@ -34,12 +34,17 @@ class Speaker:
 class GracefulRestart:
     """What is offered for a restart of the speaker (RFC 4724; ``long_lived_seconds``: RFC 9494, 0: not offered).
 
-    ``deferral_seconds``: how long a restarted speaker waits for its peers' End-of-RIB before it announces.
+    ``deferral_seconds``: how long a restarted speaker waits for its peers' End-of-RIB before it announces. It matters
+    once, to a peer that is added to a fresh daemon, so another value is no reason to touch a session.
     """
 
     restart_seconds: int
-    deferral_seconds: int
+    deferral_seconds: int = field(compare=False)
     long_lived_seconds: int = 0
+
+    def __str__(self) -> str:
+        long_lived = f", long-lived {self.long_lived_seconds}s" if self.long_lived_seconds else ""
+        return f"graceful restart {self.restart_seconds}s{long_lived}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,10 @@ class Bfd:
     multiplier: int = 3
     send_milliseconds: int = 1000
     receive_milliseconds: int = 1000
+
+    def __str__(self) -> str:
+        intervals = f"{self.send_milliseconds}/{self.receive_milliseconds} ms"
+        return f"BFD port {self.port}, {intervals}, x{self.multiplier}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +91,22 @@ class Neighbor:
             parts.append(f"ttl {self.multihop_ttl}")
         if self.password:
             parts.append("with password")
+        if self.cluster_id:
+            parts.append(f"client of cluster {self.cluster_id}")
+        parts += [str(item) for item in (self.graceful_restart, self.bfd) if item is not None]
+        if self.most_prefixes:
+            parts.append(f"at most {self.most_prefixes} prefixes")
         return ", ".join(parts)
+
+
+LIVE = ("hold_seconds", "most_prefixes", "bfd")
+"""Fields of a neighbour that gobgpd changes without ending the session. All others are part of its OPEN or its socket,
+or (route reflection) are not looked at again."""
+
+
+def same_session(actual: Neighbor, desired: Neighbor) -> bool:
+    """Whether a session goes on while its settings change: only the `LIVE` ones differ."""
+    return actual == replace(desired, **{name: getattr(actual, name) for name in LIVE})
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -2,17 +2,12 @@
 
 Pure: values in, `DesiredBgp` out. Bad input spoils as little as it can: it becomes a `Problem`, and what it leaves
 unknown stays as gobgpd has it now (``actual``). So the last good state needs no memory of this process.
-
-Sessions between nodes (``--enable-ibgp``): every node with every other, from primary address to primary address, both
-families over the one session. With ``--nodes-full-mesh`` the peer's AS number is left open (0): every node has the
-cluster's, and one that is being moved to another AS number keeps its session meanwhile. The address already says who
-the peer is. Without full mesh, only nodes with the same ``kube-router.io/node.asn`` pair up, and the number is fixed.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kube_router.ipc.messages import Node
@@ -20,15 +15,15 @@ from kube_router.workers.model import Family, IPAddress, IPNetwork
 from kube_router.workers.nodefacts import NODE_ASN, NodeFacts, Problem, parse_address
 from kube_router.workers.router import names
 from kube_router.workers.router.attributes import custom_rejects, own_attributes
-from kube_router.workers.router.bgpstate import Attributes, BgpState, Neighbor, Speaker, host_prefix
-from kube_router.workers.router.peers import ExternalPeers, bfd_wanted, external_peers
+from kube_router.workers.router.bgpstate import Attributes, BgpState, Speaker, host_prefix
+from kube_router.workers.router.neighbors import Own, external_neighbors, internal_neighbors
+from kube_router.workers.router.peers import external_peers
 from kube_router.workers.router.policies import desired_policies
 from kube_router.workers.router.refused import Refused, protected_ranges
 from kube_router.workers.router.vips import Vips
 from kube_router.workers.settings import Secrets, Settings
 
 DEFAULT_ASN = 64512
-MOST_HOLD_SECONDS = 65535
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +46,24 @@ def desired_bgp(
     secrets: Secrets,
     actual: BgpState,
     vips: Vips,
+    *,
+    unbindable: Container[str] = (),
 ) -> DesiredBgp:
-    """``nodes`` are the facts of all nodes, the own one included; ``actual`` is what gobgpd has."""
+    """``nodes`` are the facts of all nodes, the own one included; ``actual`` is what gobgpd has.
+
+    ``unbindable``: addresses of `listen_addresses` on which nobody can listen; BGP listens on the others.
+    """
     problems: list[Problem] = []
     own = with_last_good(own, actual, settings.families, problems)
     if own.primary is None:
         text = f"node {own.name}: has no address; {_goes_on(actual)}"
         return DesiredBgp(actual, (*problems, Problem("MissingNodeAddress", text)))
-    speaker = _speaker(own_node, own, settings, actual, problems)
-    asn = speaker.asn if speaker is not None else 0
+    speaker = _speaker(own_node, own, settings, actual, unbindable, problems)
     externals = external_peers(settings, secrets, own.name, own_node.annotations)
     problems += externals.problems
-    external = dict(_external(own, externals, settings, actual, problems))
-    internal = dict(_internal(own, nodes, asn, settings, problems)) if settings.enable_ibgp and speaker else {}
+    sources = Own(own, speaker, settings, actual)
+    external = external_neighbors(sources, externals, nodes, problems)
+    internal = internal_neighbors(sources, nodes, problems)
     internal = {address: neighbor for address, neighbor in internal.items() if address not in external}
     state = BgpState(
         speaker=speaker,
@@ -77,12 +77,12 @@ def desired_bgp(
             known_vips=vips.known,
             attributes=_attributes(own_node, actual, problems),
             refused=_refused(own_node, own, nodes, settings, problems),
-            reflected=_reflected(own_node, own, nodes),
+            reflected=_reflected(own, nodes),
         ),
         paths=_paths(own, vips),
         neighbors={**internal, **external},
     )
-    return DesiredBgp(state, tuple(problems), tuple(_unbuilt(own_node.annotations, settings, own.name)))
+    return DesiredBgp(state, tuple(problems), tuple(_unbuilt(settings)))
 
 
 def with_last_good(own: NodeFacts, actual: BgpState, families: Sequence[Family], problems: list[Problem]) -> NodeFacts:
@@ -111,7 +111,12 @@ def with_last_good(own: NodeFacts, actual: BgpState, families: Sequence[Family],
 
 
 def _speaker(
-    node: Node, own: NodeFacts, settings: Settings, actual: BgpState, problems: list[Problem]
+    node: Node,
+    own: NodeFacts,
+    settings: Settings,
+    actual: BgpState,
+    unbindable: Container[str],
+    problems: list[Problem],
 ) -> Speaker | None:
     """None when a part of it is not known; then a running speaker goes on."""
     asn = _own_asn(own, settings)
@@ -122,7 +127,12 @@ def _speaker(
     if identity is None and own.primary is not None:
         rule = f"node {own.name}: has no IPv4 address to be its router-id: set --router-id"
         problems.append(Problem("MissingRouterID", f"{rule}; {_goes_on(actual)}"))
-    addresses = _listen_addresses(node, own, settings.families, problems)
+    candidates = listen_addresses(node, own, settings.families, problems)
+    addresses = [address for address in candidates if address not in unbindable]
+    for address in candidates:
+        if address in unbindable:
+            text = f"node {own.name}: {address} cannot be listened on for BGP: it is on no link; left out until it is"
+            problems.append(Problem("InvalidLocalAddress", text))
     if asn is None or identity is None or not addresses:
         return actual.speaker
     return Speaker(asn, identity, settings.bgp_port, frozenset(addresses))
@@ -160,7 +170,7 @@ def _fnv1a(data: bytes) -> int:
     return value
 
 
-def _listen_addresses(
+def listen_addresses(
     node: Node, own: NodeFacts, families: Sequence[Family], problems: list[Problem]
 ) -> tuple[str, ...]:
     """``bgp-local-addresses``, item by item; without a usable one the node's best address of each family."""
@@ -178,72 +188,6 @@ def _listen_addresses(
             continue
         found.append(str(address))
     return tuple(found) or tuple(str(own.address(family)) for family in own.families)
-
-
-def _internal(
-    own: NodeFacts, nodes: Sequence[NodeFacts], asn: int, settings: Settings, problems: list[Problem]
-) -> Iterator[tuple[str, Neighbor]]:
-    """Sessions with the other nodes. A node that cannot be paired with is left out; the others do not suffer."""
-    if own.primary is None:
-        return
-    for node in nodes:
-        if node.name == own.name or node.primary is None or node.primary == own.primary:
-            continue
-        if not settings.nodes_full_mesh and node.asn != asn:
-            continue
-        if node.primary.version != own.primary.version:
-            text = f"node {node.name}: primary address {node.primary} and {own.name}'s {own.primary} differ in family"
-            problems.append(Problem("NoCommonFamily", f"{text}; no BGP session between them"))
-            continue
-        yield (
-            str(node.primary),
-            Neighbor(
-                address=str(node.primary),
-                asn=0 if settings.nodes_full_mesh else asn,
-                local_address=str(own.primary),
-                remote_port=settings.bgp_port,
-                families=tuple(family for family in node.families if family in own.families),
-            ),
-        )
-
-
-def _external(
-    own: NodeFacts, externals: ExternalPeers, settings: Settings, actual: BgpState, problems: list[Problem]
-) -> Iterator[tuple[str, Neighbor]]:
-    for address in _running_externals(actual):
-        if externals.hold_all or address in externals.held:
-            yield address, actual.neighbors[address]
-    for peer in externals.peers:
-        family = Family(peer.address.version)
-        local = peer.local_address or own.address(family)
-        if peer.address in own.addresses:
-            problems.append(Problem("InvalidBGPPeer", f"peer {peer.address}: is an address of node {own.name} itself"))
-            continue
-        if local is None:
-            text = f"peer {peer.address}: node {own.name} has no {family} address to reach it from"
-            problems.append(Problem("InvalidBGPPeer", text))
-            continue
-        yield (
-            str(peer.address),
-            Neighbor(
-                address=str(peer.address),
-                asn=peer.asn,
-                local_address=str(local),
-                remote_port=peer.port,
-                families=own.families,
-                hold_seconds=min(int(settings.bgp_holdtime), MOST_HOLD_SECONDS),
-                multihop_ttl=settings.peer_router_multihop_ttl if settings.peer_router_multihop_ttl > 1 else 0,
-                password=peer.password,
-            ),
-        )
-
-
-def _running_externals(actual: BgpState) -> Iterator[str]:
-    for name in names.EXTERNAL_PEER_SETS.values():
-        for member in actual.policies.neighbor_sets.get(name, ()):
-            address = member.partition("/")[0]
-            if address in actual.neighbors:
-                yield address
 
 
 def _pod_cidr_paths(actual: BgpState, family: Family) -> Iterator[tuple[str, str]]:
@@ -276,9 +220,9 @@ def _refused(
     return Refused(custom.networks, protected, covering=not settings.bgp_accept_covering_prefixes)
 
 
-def _reflected(node: Node, own: NodeFacts, nodes: Sequence[NodeFacts]) -> tuple[IPNetwork, ...] | None:
+def _reflected(own: NodeFacts, nodes: Sequence[NodeFacts]) -> tuple[IPNetwork, ...] | None:
     """The other nodes' pod CIDRs on a route reflector, None on any other node."""
-    if names.RR_SERVER not in node.annotations:
+    if own.reflection is None or not own.reflection.server:
         return None
     return tuple(cidr for other in nodes if other.name != own.name for cidr in other.pod_cidrs)
 
@@ -291,12 +235,7 @@ def _paths(own: NodeFacts, vips: Vips) -> Mapping[str, str]:
     return {prefix: hop for prefix, hop in (*pods, *services) if hop}
 
 
-def _unbuilt(annotations: Mapping[str, str], settings: Settings, node: str) -> Iterator[str]:
+def _unbuilt(settings: Settings) -> Iterator[str]:
     for name in names.UNBUILT_FLAGS:
         if getattr(settings, name):
             yield f"flag --{name.replace('_', '-')} has no effect: not built yet"
-    for key in names.UNBUILT_ANNOTATIONS:
-        if key in annotations:
-            yield f"node {node}: annotation {key} has no effect: not built yet"
-    if not settings.peer_router_ips and bfd_wanted(annotations):
-        yield f"node {node}: annotation {names.PEERS}: bfd has no effect: not built yet"

@@ -13,7 +13,14 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from kube_router.workers.router import names
-from kube_router.workers.router.bgpstate import Attributes, BgpState, PrefixRange, Statement, is_host_prefix
+from kube_router.workers.router.bgpstate import (
+    Attributes,
+    BgpState,
+    PrefixRange,
+    Statement,
+    is_host_prefix,
+    same_session,
+)
 from kube_router.workers.router.verdicts import accepts, changed_members, concerns, decision, exact
 
 
@@ -38,7 +45,11 @@ def effects(actual: BgpState, desired: BgpState, learned: Container[str] | None)
     """
     if actual.policies == desired.policies and actual.export == desired.export and actual.import_ == desired.import_:
         return Effects()
-    staying = [address for address, item in sorted(desired.neighbors.items()) if actual.neighbors.get(address) == item]
+    staying = [
+        address
+        for address, item in sorted(desired.neighbors.items())
+        if address in actual.neighbors and same_session(actual.neighbors[address], item)
+    ]
     paths = list(_paths_in_question(actual, desired))
     forget: set[str] = set()
     withdraw: set[str] = set()

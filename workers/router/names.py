@@ -38,8 +38,6 @@ PEER_PORTS = ANNOTATION_PREFIX + "peer.ports"
 PEER_PASSWORDS = ANNOTATION_PREFIX + "peer.passwords"
 PEER_LOCAL_IPS = ANNOTATION_PREFIX + "peer.localips"
 
-RR_SERVER = ANNOTATION_PREFIX + "rr.server"
-RR_CLIENT = ANNOTATION_PREFIX + "rr.client"
 PREPEND_AS = ANNOTATION_PREFIX + "path-prepend.as"
 PREPEND_REPEAT = ANNOTATION_PREFIX + "path-prepend.repeat-n"
 COMMUNITIES = ANNOTATION_PREFIX + "node.bgp.communities"
@@ -53,18 +51,7 @@ ADVERTISE_LOADBALANCER_IP = ANNOTATION_PREFIX + "service.advertise.loadbalanceri
 SERVICE_LOCAL = ANNOTATION_PREFIX + "service.local"
 SKIP_LOADBALANCER_IPS = ANNOTATION_PREFIX + "service.skiplbips"
 
-UNBUILT_ANNOTATIONS = tuple(
-    ANNOTATION_PREFIX + name
-    for name in (
-        "rr.server",
-        "rr.client",
-    )
-)
-"""Annotations of the own node whose features a later version brings."""
-
 UNBUILT_FLAGS = (
-    "bgp_graceful_restart",
-    "enable_bfd",
     "advertise_cluster_ip",
     "advertise_external_ip",
     "advertise_loadbalancer_ip",

@@ -12,11 +12,13 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from kube_router.workers.model import IPAddress
 from kube_router.workers.nodefacts import Problem, parse_address, parse_base0
 from kube_router.workers.router import names
+from kube_router.workers.router.bgpstate import Bfd
 from kube_router.workers.settings import Secrets, Settings
 
 BGP_PORT = 179
@@ -25,17 +27,26 @@ PASSWORD_BYTES = 80
 PEER_ASNS = ((1, 23455), (23457, 63999), (64512, 65534), (131072, 4294967294))
 """AS numbers that a peer may have (RFC 6996, RFC 7300 and kube-router's own check)."""
 INVALID_PEER = "InvalidBGPPeer"
+TRUE = ("1", "t", "T", "true", "TRUE", "True")
+FALSE = ("0", "f", "F", "false", "FALSE", "False")
+"""As Go's ``strconv.ParseBool``."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExternalPeer:
-    """One peer as configured. ``local_address`` None: the own address of the peer's family."""
+    """One peer as configured. ``local_address`` None: the own address of the peer's family.
+
+    ``multihop_ttl`` and ``hold_seconds`` None: what the flags say.
+    """
 
     address: IPAddress
     asn: int
     port: int = BGP_PORT
     local_address: IPAddress | None = None
     password: str = field(default="", repr=False)
+    multihop_ttl: int | None = None
+    hold_seconds: int | None = None
+    bfd: Bfd | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +66,9 @@ class _Bad(ValueError):
 def external_peers(settings: Settings, secrets: Secrets, node: str, annotations: Mapping[str, str]) -> ExternalPeers:
     """The external peers of ``node``, whose annotations are given."""
     if settings.peer_router_ips:
-        return _collect("flag --peer-router-ips", _flag_entries(settings, secrets))
+        collected = _collect("flag --peer-router-ips", _flag_entries(settings, secrets))
+        bfd = _flag_bfd(settings)
+        return replace(collected, peers=tuple(replace(peer, bfd=bfd) for peer in collected.peers))
     if annotations.get(names.PEERS, "").strip():
         where = f"node {node}: annotation {names.PEERS}"
         try:
@@ -71,8 +84,17 @@ def external_peers(settings: Settings, secrets: Secrets, node: str, annotations:
     return ExternalPeers()
 
 
-Entry = Mapping[str, str]
-"""Texts of one entry by the field names of the ``peers`` annotation; ``secret`` instead: a decoded password."""
+Entry = Mapping[str, Any]
+"""Texts of one entry by the keys of the ``peers`` annotation; ``bfd``: a mapping of its own."""
+KNOWN_KEYS = frozenset({"remoteip", "remoteasn", "localip", "password", "port", "bfd", "multihopttl", "holdtime"})
+"""``multihopttl`` and ``holdtime`` (seconds) are ours."""
+BFD_FIELDS = {
+    "port": ("port", 1, 65535),
+    "detection_multiplier": ("multiplier", 1, 255),
+    "desired_min_tx_interval": ("send_milliseconds", 1, 4294967),
+    "required_min_rx_interval": ("receive_milliseconds", 1, 4294967),
+}
+"""Keys of ``bfd`` by the fields of `Bfd`, with what gobgpd takes: microseconds in 32 bits."""
 
 
 def _collect(where: str, entries: Sequence[object]) -> ExternalPeers:
@@ -83,6 +105,10 @@ def _collect(where: str, entries: Sequence[object]) -> ExternalPeers:
         try:
             if not isinstance(entry, dict):
                 raise _Bad("is not a mapping of fields")
+            unknown = _unknown_keys(entry)
+            if unknown:
+                text = f"{where}: peer {index + 1}: unknown keys are ignored: {', '.join(unknown)[:100]!r}"
+                problems.append(Problem(INVALID_PEER, text))
             peer = _peer(entry)
             if str(peer.address) in peers:
                 raise _Bad(f"remoteip {peer.address} is there twice; the first entry counts")
@@ -91,6 +117,13 @@ def _collect(where: str, entries: Sequence[object]) -> ExternalPeers:
             problems.append(Problem(INVALID_PEER, f"{where}: peer {index + 1}: {error}"))
             held |= _address_of(entry)
     return ExternalPeers(tuple(peers.values()), frozenset(held - peers.keys()), False, tuple(problems))
+
+
+def _unknown_keys(entry: Entry) -> list[str]:
+    section = entry.get("bfd")
+    inner = section if isinstance(section, dict) else {}
+    unknown = [str(name) for name in entry if name not in KNOWN_KEYS]
+    return sorted(unknown + [f"bfd.{name}" for name in inner if name != "enabled" and name not in BFD_FIELDS])
 
 
 def _address_of(entry: object) -> set[str]:
@@ -103,7 +136,7 @@ def _address_of(entry: object) -> set[str]:
 
 def _peer(entry: Entry) -> ExternalPeer:
     for name, value in entry.items():
-        if name != "bfd" and not isinstance(value, str):
+        if name in KNOWN_KEYS and name != "bfd" and not isinstance(value, str):
             raise _Bad(f"{name}: is not a single value")
     if not entry.get("remoteip"):
         raise _Bad("remoteip is missing")
@@ -118,11 +151,57 @@ def _peer(entry: Entry) -> ExternalPeer:
         asn=_asn(entry["remoteasn"]),
         port=_port(entry["port"]) if _given(entry.get("port")) else BGP_PORT,
         local_address=local,
-        password=entry.get("secret", "") or _password(entry.get("password", "")),
+        password=_password(entry.get("password", "")),
+        multihop_ttl=_number("multihopttl", entry, 1, 255),
+        hold_seconds=_number("holdtime", entry, 3, 65535),
+        bfd=_bfd(entry.get("bfd")),
     )
 
 
-def _given(text: str | None) -> bool:
+def _number(name: str, entry: Entry, least: int, most: int) -> int | None:
+    text = entry.get(name)
+    if not _given(text):
+        return None
+    try:
+        value = parse_base0(text) if isinstance(text, str) else -1
+    except ValueError:
+        value = -1
+    if not least <= value <= most:
+        raise _Bad(f"{name} {text!r} is not a number from {least} to {most}")
+    return value
+
+
+def _bfd(section: object) -> Bfd | None:
+    if section in (None, "", "~", "null"):
+        return None
+    if not isinstance(section, dict):
+        raise _Bad("bfd is not a mapping of fields")
+    enabled = section.get("enabled", "false")
+    if enabled not in TRUE and enabled not in FALSE:
+        raise _Bad(f"bfd: enabled {enabled!r} is neither true nor false")
+    values = {}
+    for key, (name, least, most) in BFD_FIELDS.items():
+        try:
+            value = _number(key, section, least, most)
+        except _Bad as error:
+            raise _Bad(f"bfd: {error}") from None
+        if value is not None:
+            values[name] = value
+    return Bfd(**values) if enabled in TRUE else None
+
+
+def _flag_bfd(settings: Settings) -> Bfd | None:
+    if not settings.enable_bfd:
+        return None
+    return Bfd(
+        port=settings.bfd_port,
+        multiplier=settings.bfd_detection_multiplier,
+        send_milliseconds=settings.bfd_desired_min_tx_interval,
+        receive_milliseconds=settings.bfd_required_min_rx_interval,
+    )
+
+
+def _given(text: object) -> bool:
     return text not in (None, "", "~", "null")
 
 
@@ -171,7 +250,7 @@ def _flag_entries(settings: Settings, secrets: Secrets) -> list[dict[str, str]]:
         ("remoteip", settings.peer_router_ips),
         ("remoteasn", tuple(map(str, settings.peer_router_asns))),
         ("port", tuple(map(str, settings.peer_router_ports))),
-        ("secret", secrets.peer_router_passwords),
+        ("password", tuple(base64.b64encode(text.encode()).decode() for text in secrets.peer_router_passwords)),
     )
     return [
         {name: column[index] for name, column in columns if index < len(column)}
@@ -212,17 +291,3 @@ def _yaml_entries(text: str) -> list[object]:
     if not isinstance(value, list):
         raise _Bad("is not a YAML list of peers")
     return value
-
-
-def bfd_wanted(annotations: Mapping[str, str]) -> bool:
-    """Whether a peer of the ``peers`` annotation asks for BFD, which is not built yet."""
-    try:
-        entries = _yaml_entries(annotations.get(names.PEERS) or "[]")
-    except _Bad:
-        return False
-    return any(_asks_bfd(entry) for entry in entries)
-
-
-def _asks_bfd(entry: object) -> bool:
-    section = entry.get("bfd") if isinstance(entry, dict) else None
-    return isinstance(section, dict) and section.get("enabled") in ("1", "t", "T", "true", "TRUE", "True")

@@ -9,7 +9,7 @@ paths → peers that come. A path or a peer is never there without the policies 
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from kube_router.workers.router import names
 from kube_router.workers.router.bgpstate import (
@@ -21,12 +21,15 @@ from kube_router.workers.router.bgpstate import (
     Policies,
     PrefixRange,
     Speaker,
+    same_session,
 )
 from kube_router.workers.router.effects import effects
 from kube_router.workers.router.policies import merged
 
 MOST_LISTED = 12
 """Members of a set that a plan's text names one by one."""
+
+NAMED = tuple(item.name for item in fields(Neighbor) if item.name not in ("address", "password"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +156,25 @@ class ReplaceNeighbor:
 
 
 @dataclass(frozen=True, slots=True)
-class AddNeighbor:
-    """Hold a new session."""
+class UpdateNeighbor:
+    """Change what gobgpd changes without ending the session; another hold time counts from the next one on."""
 
-    neighbor: Neighbor
+    actual: Neighbor
+    desired: Neighbor
 
     def __str__(self) -> str:
-        return f"add peer {self.neighbor}"
+        return f"update peer {self.actual.address}: {'; '.join(_differences(self.actual, self.desired))}"
+
+
+@dataclass(frozen=True, slots=True)
+class AddNeighbor:
+    """Hold a new session. ``restarting``: tell the peer that we are back from a restart and have kept forwarding."""
+
+    neighbor: Neighbor
+    restarting: bool = False
+
+    def __str__(self) -> str:
+        return f"add peer {self.neighbor}{', after a restart' if self.restarting else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +208,7 @@ Step = (
     | Retract
     | RemoveNeighbor
     | ReplaceNeighbor
+    | UpdateNeighbor
     | AddNeighbor
     | SendAgain
     | JudgeAgain
@@ -291,7 +307,11 @@ def _neighbor_changes(actual: BgpState, desired: BgpState) -> Iterator[Step]:
         if running is None:
             yield AddNeighbor(neighbor)
         elif running != neighbor:
-            yield ReplaceNeighbor(running, neighbor)
+            yield (
+                UpdateNeighbor(running, neighbor)
+                if same_session(running, neighbor)
+                else ReplaceNeighbor(running, neighbor)
+            )
 
 
 def _policy_effects(actual: BgpState, desired: BgpState, learned: Container[str] | None) -> Iterator[Step]:
@@ -308,7 +328,7 @@ def _policy_effects(actual: BgpState, desired: BgpState, learned: Container[str]
 
 
 def _differences(actual: Neighbor, desired: Neighbor) -> Iterator[str]:
-    for name in ("asn", "local_address", "remote_port", "families", "hold_seconds", "multihop_ttl"):
+    for name in NAMED:
         before, after = getattr(actual, name), getattr(desired, name)
         if before != after:
             yield f"{name} {_text(before)} -> {_text(after)}"
@@ -324,4 +344,4 @@ def _some(items: Sequence[str]) -> str:
 
 
 def _text(value: object) -> str:
-    return "+".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+    return "+".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value) or "none"

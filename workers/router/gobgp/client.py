@@ -22,7 +22,7 @@ from kube_router.ipc.messages import Session
 from kube_router.workers.model import Failure, Family
 from kube_router.workers.router import names
 from kube_router.workers.router.bgpstate import CLOSED, FRESH, BgpState, Neighbor, Speaker
-from kube_router.workers.router.gobgp import convert, process
+from kube_router.workers.router.gobgp import convert, neighbors, process
 from kube_router.workers.router.gobgp.convert import Dialect
 from kube_router.workers.router.gobgp.v3 import DialectV3
 from kube_router.workers.router.gobgp.v4 import DialectV4
@@ -42,7 +42,9 @@ from kube_router.workers.router.plan import (
     SetPolicies,
     StartSpeaker,
     Step,
+    UpdateNeighbor,
 )
+from kube_router.workers.router.sessions import PeerStatus
 
 CALL_SECONDS = 5.0
 """How long one call may take before the daemon counts as stuck."""
@@ -138,14 +140,23 @@ class Client:
             export=self._assignment("export"),
             import_=self._assignment("import"),
             paths=dict(self._local_paths() if paths is None else paths),
-            neighbors={neighbor.address: neighbor for neighbor in map(convert.neighbor_of, self._peers())},
+            neighbors={neighbor.address: neighbor for neighbor in map(neighbors.neighbor_of, self._peers())},
         )
 
     def sessions(self, own_asn: int) -> tuple[Session, ...]:
-        """How the sessions stand, by address."""
-        return tuple(
-            sorted((convert.session_of(peer, own_asn) for peer in self._peers()), key=lambda item: item.address)
-        )
+        """How the sessions stand, by address, for people to read."""
+        return self.look(own_asn)[0]
+
+    def look(self, own_asn: int) -> tuple[tuple[Session, ...], tuple[PeerStatus, ...]]:
+        """How the sessions stand, by address: for people to read, and for the worker to act on."""
+        peers = self._peers()
+        sessions = sorted((convert.session_of(peer, own_asn) for peer in peers), key=lambda item: item.address)
+        statuses = sorted((neighbors.status_of(self.dialect, peer) for peer in peers), key=lambda item: item.address)
+        return tuple(sessions), tuple(statuses)
+
+    def enable(self, address: str) -> None:
+        """Let a session try again that gobgpd has ended because of its prefix limit; raises `GobgpError`."""
+        self._call("EnablePeer", self._messages.EnablePeerRequest(address=address))
 
     def apply(self, plan: Plan) -> tuple[int, tuple[Failure, ...]]:
         """Do the steps in order; returns how many were done and what went wrong.
@@ -202,8 +213,10 @@ class Client:
             case ReplaceNeighbor(actual, desired):
                 self._delete_peer(actual)
                 self._add_peer(desired)
-            case AddNeighbor(neighbor):
-                self._add_peer(neighbor)
+            case UpdateNeighbor(_, desired):
+                self._update_peer(desired)
+            case AddNeighbor(neighbor, restarting):
+                self._add_peer(neighbor, restarting)
             case SendAgain(address):
                 self._soft_reset(address, self._messages.RESET_OUT)
             case JudgeAgain(address):
@@ -250,8 +263,8 @@ class Client:
                     if local is not None:
                         yield local
 
-    def _peers(self) -> list[Any]:
-        return [reply.peer for reply in self._list("ListPeer", self._messages.ListPeerRequest())]
+    def _peers(self, address: str = "") -> list[Any]:
+        return [reply.peer for reply in self._list("ListPeer", self._messages.ListPeerRequest(address=address))]
 
     def _add_paths(self, paths: Iterable[tuple[str, str]]) -> None:
         messages = self._messages
@@ -273,9 +286,19 @@ class Client:
             self._messages.DeletePathRequest(table_type=self._messages.TABLE_GLOBAL, family=path.family, path=path),
         )
 
-    def _add_peer(self, neighbor: Neighbor) -> None:
-        message = convert.neighbor_message(self.dialect, neighbor)
+    def _add_peer(self, neighbor: Neighbor, restarting: bool = False) -> None:
+        message = neighbors.neighbor_message(self.dialect, neighbor, restarting=restarting)
         self._call("AddPeer", self._messages.PeerRequest(peer=message))
+
+    def _update_peer(self, neighbor: Neighbor) -> None:
+        """Change a peer without ending its session.
+
+        UpdatePeer ends it when anything differs from what gobgpd holds, its own defaults included (which 3.x does not
+        fill in here). So the peer goes back as it was read, fields unknown to us included, with the change in it.
+        """
+        for peer in self._peers(neighbor.address):
+            neighbors.set_live(self.dialect, peer, neighbor)
+            self._call("UpdatePeer", self._messages.PeerRequest(peer=peer))
 
     def _delete_peer(self, neighbor: Neighbor) -> None:
         """Forget a peer.
@@ -284,7 +307,7 @@ class Client:
         out; an update to an empty password takes it away first.
         """
         if neighbor.password:
-            message = convert.neighbor_message(self.dialect, neighbor)
+            message = neighbors.neighbor_message(self.dialect, neighbor)
             message.conf.auth_password = ""
             self._call("UpdatePeer", self._messages.PeerRequest(peer=message))
         self._call("DeletePeer", self._messages.DeletePeerRequest(address=neighbor.address))

@@ -7,7 +7,7 @@ Pure: messages only. What gobgpd fills in or reorders on read-back is taken out 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from kube_router.ipc.messages import Session
@@ -18,7 +18,6 @@ from kube_router.workers.router.bgpstate import (
     LEARNED_INTERNAL,
     Assignment,
     Attributes,
-    Neighbor,
     Policies,
     PrefixRange,
     Speaker,
@@ -48,6 +47,8 @@ class Dialect(Protocol):
     def prefix_of(self, path: Any) -> str | None: ...
 
     def next_hop_of(self, path: Any) -> str | None: ...
+
+    def capabilities(self, peer: Any) -> Iterator[tuple[str, Any]]: ...
 
 
 def family_message(dialect: Dialect, family: Family) -> Any:
@@ -84,46 +85,7 @@ def speaker_of(message: Any) -> Speaker | None:
         asn=message.asn,
         router_id=message.router_id,
         listen_port=message.listen_port,
-        listen_addresses=frozenset(_address(text) for text in message.listen_addresses),
-    )
-
-
-def neighbor_message(dialect: Dialect, neighbor: Neighbor) -> Any:
-    """The argument of AddPeer and UpdatePeer."""
-    messages = dialect.messages
-    peer = messages.Peer(
-        conf=messages.PeerConf(
-            neighbor_address=neighbor.address, peer_asn=neighbor.asn, auth_password=neighbor.password
-        ),
-        timers=messages.Timers(config=messages.TimersConfig(hold_time=neighbor.hold_seconds)),
-        transport=messages.Transport(local_address=neighbor.local_address, remote_port=neighbor.remote_port),
-        afi_safis=[
-            messages.AfiSafi(config=messages.AfiSafiConfig(family=family_message(dialect, family), enabled=True))
-            for family in neighbor.families
-        ],
-    )
-    if neighbor.multihop_ttl:
-        peer.ebgp_multihop.enabled = True
-        peer.ebgp_multihop.multihop_ttl = neighbor.multihop_ttl
-    return peer
-
-
-def neighbor_of(peer: Any) -> Neighbor:
-    """A configured peer as read back."""
-    families = sorted(
-        FAMILY_OF_AFI[entry.config.family.afi]
-        for entry in peer.afi_safis
-        if entry.config.enabled and entry.config.family.safi == UNICAST and entry.config.family.afi in FAMILY_OF_AFI
-    )
-    return Neighbor(
-        address=_address(peer.conf.neighbor_address),
-        asn=peer.conf.peer_asn,
-        local_address=_address(peer.transport.local_address),
-        remote_port=peer.transport.remote_port,
-        families=tuple(families),
-        hold_seconds=peer.timers.config.hold_time,
-        multihop_ttl=peer.ebgp_multihop.multihop_ttl if peer.ebgp_multihop.enabled else 0,
-        password=peer.conf.auth_password,
+        listen_addresses=frozenset(address_text(text) for text in message.listen_addresses),
     )
 
 
@@ -132,7 +94,7 @@ def session_of(peer: Any, own_asn: int) -> Session:
     asn = peer.conf.peer_asn or peer.state.peer_asn or own_asn
     state = peer.state.session_state
     return Session(
-        address=_address(peer.conf.neighbor_address or peer.state.neighbor_address),
+        address=address_text(peer.conf.neighbor_address or peer.state.neighbor_address),
         asn=asn,
         type="internal" if peer.conf.peer_asn in (0, own_asn) else "external",
         state=SESSION_STATES[state] if state < len(SESSION_STATES) else SESSION_STATES[0],
@@ -294,7 +256,7 @@ def local_path(dialect: Dialect, path: Any) -> tuple[str, str] | None:
     prefix = dialect.prefix_of(path)
     if prefix is None:
         return None
-    return _network(prefix), _address(dialect.next_hop_of(path) or "")
+    return _network(prefix), address_text(dialect.next_hop_of(path) or "")
 
 
 def route_event(dialect: Dialect, path: Any) -> RouteEvent | None:
@@ -309,7 +271,7 @@ def route_event(dialect: Dialect, path: Any) -> RouteEvent | None:
     return None if next_hop is None else RouteEvent(prefix, next_hop, local)
 
 
-def _address(text: str) -> str:
+def address_text(text: str) -> str:
     """Canonical text of an address; other text (``::`` zones, empty) as it is."""
     try:
         return str(ipaddress.ip_address(text))

@@ -5,6 +5,7 @@ Pure: messages only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from kube_router.workers.model import IPAddress, IPNetwork
@@ -14,6 +15,8 @@ _URL = "type.googleapis.com/apipb."
 _PREFIX = _URL + "IPAddressPrefix"
 _NEXT_HOP = _URL + "NextHopAttribute"
 _MP_REACH = _URL + "MpReachNLRIAttribute"
+_MULTI_PROTOCOL = _URL + "MultiProtocolCapability"
+_GRACEFUL_RESTART = _URL + "GracefulRestartCapability"
 
 
 class DialectV3:
@@ -58,6 +61,14 @@ class DialectV3:
                 hops = self.messages.MpReachNLRIAttribute.FromString(packed.value).next_hops
                 return str(hops[0]) if hops else None
         return None
+
+    def capabilities(self, peer: Any) -> Iterator[tuple[str, Any]]:
+        """What the peer has offered in its OPEN, as far as it matters: (name, message)."""
+        for packed in peer.state.remote_cap:
+            if packed.type_url == _MULTI_PROTOCOL:
+                yield "multi_protocol", self.messages.MultiProtocolCapability.FromString(packed.value)
+            elif packed.type_url == _GRACEFUL_RESTART:
+                yield "graceful_restart", self.messages.GracefulRestartCapability.FromString(packed.value)
 
     def _pack(self, message: Any) -> Any:
         return self.messages.Packed(

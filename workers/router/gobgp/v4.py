@@ -5,6 +5,7 @@ Pure: messages only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from kube_router.workers.model import IPAddress, IPNetwork
@@ -51,3 +52,10 @@ class DialectV4:
                 hops = attribute.mp_reach.next_hops
                 return str(hops[0]) if hops else None
         return None
+
+    def capabilities(self, peer: Any) -> Iterator[tuple[str, Any]]:
+        """What the peer has offered in its OPEN, as far as it matters: (name, message)."""
+        for capability in peer.state.remote_cap:
+            kind = capability.WhichOneof("kind")
+            if kind is not None:
+                yield kind, getattr(capability, kind)
