@@ -33,6 +33,7 @@ LONGEST_RUN_DIR = 80
 LOCK_DESCRIPTOR = 3
 """supervisord keeps descriptors below 5 when it reloads, and closes 3 and above in its children."""
 CAPABILITIES = {
+    5: "kill",
     6: "setgid",
     7: "setuid",
     8: "setpcap",

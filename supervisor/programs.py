@@ -62,7 +62,8 @@ PROGRAMS: tuple[Program, ...] = (
         capabilities=("net_bind_service",),
         tools=("gobgpd",),
     ),
-    Program("router", ("run_router",), built=True, capabilities=("net_admin", "net_raw"), tools=("iptables",)),
+    # It ends gobgpd, another user's process, when that must begin anew.
+    Program("router", ("run_router",), built=True, capabilities=("net_admin", "net_raw", "kill"), tools=("iptables",)),
     Program("cni", ("run_router", "enable_cni"), built=True, capabilities=("net_admin",), helpful=("sys_module",)),
     # iptables only for one of its backends, which says so itself when it is missing.
     Program("firewall", ("run_firewall",), built=True, capabilities=("net_admin", "net_raw")),

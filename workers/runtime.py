@@ -377,6 +377,7 @@ def privileges() -> str:
 
 CAPABILITY_BITS = {
     1: "dac_override",
+    5: "kill",
     10: "net_bind_service",
     12: "net_admin",
     13: "net_raw",

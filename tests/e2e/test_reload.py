@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 from lab.topology import NODES, namespace_manifest, node_manifest
-from support.agent import Agent, new_agent, wait_until
+from support.agent import Agent, new_agent, status_fields, wait_until
+
+from kube_router.supervisor.programs import SPEAKER_USER
 
 FLAGS = ["--enable-ipv6", "--bgp-holdtime=60s", "--iptables-sync-period=2m"]
 WORKERS = ("watcher", "gobgpd", "router", "cni", "firewall", "health", "reload")
@@ -91,9 +93,13 @@ class Running:
         after = self.pids()
         return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
 
+    def status(self) -> dict[str, Any]:
+        found = json.loads(self.agent.ctl("status", "-o", "json").stdout)
+        assert isinstance(found, dict)
+        return found
+
     def warnings(self) -> list[str]:
-        done = self.agent.ctl("status", "-o", "json")
-        return [line for line in json.loads(done.stdout)["warnings"] if line.startswith("reload: ")]
+        return [line for line in self.status()["warnings"] if line.startswith("reload: ")]
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +128,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         ]
         found = Running(agent, files)
         found.write(*FLAGS)
+        agent.open_to_others()
+        agent.addresses = [str(address.ip) for address in NODES[0].addresses]
         agent.start()
         agent.wait_running(*WORKERS)
         found.normal = found.settings()
@@ -195,8 +203,7 @@ def test_a_worker_is_switched_off_and_on(running: Running) -> None:
     running.said("remove firewall, restart watcher")
     assert running.restarted(before) == {"firewall", "watcher"}
     assert "firewall" not in running.pids()
-    status = json.loads(running.agent.ctl("status", "-o", "json").stdout)
-    assert "firewall" not in {worker["name"] for worker in status["workers"]}
+    assert "firewall" not in {worker["name"] for worker in running.status()["workers"]}
     before = running.pids()
     running.write(*FLAGS)
     running.said("restart watcher, add firewall")
@@ -219,6 +226,17 @@ def test_another_administration_port_replaces_gobgpd_and_nothing_else(running: R
     assert running.restarted(before) == {"gobgpd"}
     listening = running.agent.run("ss", "-Hltn", "sport = :50099")
     assert wait_until(lambda: "50099" in running.agent.run("ss", "-Hltn").stdout), listening.stdout
+
+
+def test_another_as_number_replaces_gobgpd_though_it_is_another_user(running: Running) -> None:
+    assert wait_until(lambda: running.status()["sessions"], 20), "BGP does not run yet"
+    before = running.pids()
+    assert status_fields(running.agent.pid_of("gobgpd"))["Uid"][0] == str(SPEAKER_USER)
+    running.write(*FLAGS, "--cluster-asn=64999")
+    line = running.said("WARN", "router  ", "64999")
+    assert "64512" in line
+    assert wait_until(lambda: running.pids()["gobgpd"] not in (0, before["gobgpd"]), 10), running.agent.log[-3000:]
+    assert running.restarted(before) == {"gobgpd", "router"}
 
 
 def test_what_cannot_change_is_told_and_the_rest_is_taken(running: Running) -> None:

@@ -363,7 +363,7 @@ REPORT = """
     keys = ("Uid", "Gid", "Groups", "CapEff", "CapPrm", "CapBnd", "CapInh", "CapAmb", "NoNewPrivs")
     say(" ".join(key + "=" + ",".join(fields[key].split()) for key in keys))
 """
-NET_BIND_SERVICE, NET_ADMIN, NET_RAW, SYS_MODULE = (1 << bit for bit in (10, 12, 13, 16))
+KILL, NET_BIND_SERVICE, NET_ADMIN, NET_RAW, SYS_MODULE = (1 << bit for bit in (5, 10, 12, 13, 16))
 
 
 def reported(agent: Agent, name: str) -> dict[str, str]:
@@ -376,7 +376,7 @@ def test_each_worker_has_the_user_and_the_capabilities_of_the_table_and_no_more(
         "watcher": (65532, "", 0),
         "health": (65532, "", 0),
         "gobgpd": (65533, "", NET_BIND_SERVICE),
-        "router": (0, "65532", NET_ADMIN | NET_RAW),
+        "router": (0, "65532", KILL | NET_ADMIN | NET_RAW),
         "cni": (0, "65532", NET_ADMIN | SYS_MODULE),
     }
     for program in all_programs():
@@ -730,7 +730,7 @@ def test_the_whole_agent_works_with_its_least_privileges(agent: Agent) -> None:
     privileges = {name: worker["privileges"] for name, worker in workers().items() if name != "gobgpd"}
     assert privileges == {
         "watcher": "uid=65532 caps=none no_new_privs=1",
-        "router": "uid=0 caps=net_admin,net_raw no_new_privs=1",
+        "router": "uid=0 caps=kill,net_admin,net_raw no_new_privs=1",
         "cni": "uid=0 caps=net_admin,sys_module no_new_privs=1",
         "health": "uid=65532 caps=none no_new_privs=1",
     }

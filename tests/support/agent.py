@@ -76,6 +76,8 @@ class Agent:
         self.environment = dict(os.environ)
         self.log_path = folder / "agent.log"
         self.wrapper: list[str] = []
+        self.addresses: list[str] = []
+        """With prefix length: on the loopback interface of its network namespace."""
 
     def script(self, name: str, text: str, **fields: Any) -> None:
         """Add a program of a few lines of Python; ``say`` prints a line of the workers' form."""
@@ -108,7 +110,8 @@ class Agent:
             command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", *command]
         command = [*self.wrapper, *command]
         if namespace:
-            command = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
+            setup = " && ".join(["ip link set lo up", *(f"ip address add {one} dev lo" for one in self.addresses)])
+            command = ["unshare", "--net", "sh", "-c", f'{setup} && exec "$@"', "sh", *command]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 command,

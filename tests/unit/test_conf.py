@@ -21,7 +21,9 @@ FACTS = Facts(
     setpriv="/usr/bin/setpriv",
     gobgpd="/usr/bin/gobgpd",
     listener="/usr/lib/kube_router/supervisor/listener.py",
-    capabilities=frozenset(("net_admin", "net_raw", "net_bind_service", "sys_module", "setuid", "setgid", "setpcap")),
+    capabilities=frozenset(
+        ("net_admin", "net_raw", "net_bind_service", "sys_module", "kill", "setuid", "setgid", "setpcap")
+    ),
 )
 CONTAINER = replace(FACTS, capabilities=FACTS.capabilities - {"sys_module"}, as_root=frozenset({"watcher", "gobgpd"}))
 BARE = replace(FACTS, capabilities=frozenset({"net_admin"}), may_bound=False, may_switch=False)
@@ -127,7 +129,7 @@ def program(name: str) -> Program:
 
 def test_privileges_are_the_least_that_the_agent_can_give() -> None:
     router = privileges(program("router"), FACTS)
-    assert "--bounding-set=-all,+net_admin,+net_raw" in router
+    assert "--bounding-set=-all,+net_admin,+net_raw,+kill" in router
     assert "--inh-caps=-all" in router
     assert not any(option.startswith("--reuid") for option in router)
     assert "--groups=65532" in router
