@@ -68,7 +68,8 @@ class Lab:
         self, name: str, generation: int | None = None, secrets: Secrets | None = None, **flags: object
     ) -> Speaker:
         daemon = self.daemon(name, generation)
-        values = {"run_dir": str(daemon.run_dir), "enable_ipv6": True, "bgp_port": PORT, "node_name": name, **flags}
+        values = {"run_dir": str(daemon.run_dir), "state_dir": str(daemon.run_dir), "node_name": name}
+        values |= {"enable_ipv6": True, "bgp_port": PORT, **flags}
         speaker = Speaker(daemon, name, Settings(**values), secrets)  # type: ignore[arg-type]
         self.stack.callback(speaker.close)
         return speaker

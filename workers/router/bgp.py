@@ -18,12 +18,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from kube_router.ipc.messages import Component, Node, Notice, Session
+from kube_router.ipc.messages import Component, Node, Notice
 from kube_router.workers.model import Failure, Outcome
 from kube_router.workers.nodefacts import NodeFacts
 from kube_router.workers.router import names
+from kube_router.workers.router.bgpsessions import Sessions
 from kube_router.workers.router.bgpstate import BgpState, Policies, Speaker, is_host_prefix
-from kube_router.workers.router.desired import DesiredBgp, desired_bgp
+from kube_router.workers.router.desired import DesiredBgp, desired_bgp, listen_addresses
+from kube_router.workers.router.gobgp import process
 from kube_router.workers.router.gobgp.client import Client, GobgpError, connect
 from kube_router.workers.router.gobgp.watch import Taken, Watch
 from kube_router.workers.router.neighbors import without_bfd
@@ -52,8 +54,8 @@ TABLE_SECONDS = 1.0
 """How long a restarted worker waits for the table of a daemon that it adopts, before it lists the paths itself."""
 QUIET_SECONDS = 1.0
 """No event for so long, with all sessions up, means that the peers have sent what they have."""
-SESSIONS_SECONDS = 5.0
-"""Received routes are counted again so long after the last change."""
+STUCK_SECONDS = 5.0
+"""A gobgpd that is there and does not answer is tried again so long after."""
 
 
 @dataclass(slots=True)
@@ -89,13 +91,12 @@ class Bgp:
         self._settled = False
         self._restarted_for: Speaker | None = None
         self._asn = 0
-        self._sessions: tuple[Session, ...] = ()
-        self._sessions_at: float | None = None
+        self._sessions = Sessions(settings, self._clock)
         now = self._clock.monotonic()
         self._away_since, self._attempts, self._attempt_at = now, 0, now
         self._young_until = now
         self._end_of_init_at: float | None = None
-        self._heard_at = now
+        self._heard_at = self._attached_at = now
         self._synced: float | None = None
 
     @property
@@ -140,7 +141,7 @@ class Bgp:
             self._heard_at = now
         self._note_progress(taken, now)
         if taken.peers or taken.table:
-            self._sessions_at = now if taken.peers else min(self._sessions_at or float("inf"), now + SESSIONS_SECONDS)
+            self._sessions.changed(routes_only=not taken.peers)
         if taken.broken is not None:
             log.warning("gobgpd is gone (%s); learned routes stay", taken.broken)
             self._detach()
@@ -159,13 +160,15 @@ class Bgp:
         """Decide whether the peers have sent what they have. Only a young daemon leaves a doubt, and not for long."""
         if self._settled or not self._complete:
             return
-        up = sum(session.state == "established" for session in self._sessions)
-        wanted = len(self._believed.neighbors) if self._believed is not None else 0
-        quiet = up >= wanted and self._believed is not None and now >= self._heard_at + QUIET_SECONDS
+        quiet = (
+            self._believed is not None
+            and now >= self._heard_at + QUIET_SECONDS
+            and self._sessions.settled(len(self._believed.neighbors))
+        )
         if quiet or now >= self._young_until:
             self._settled = True
             self._rib.confirmed()
-            self._sessions_at = now
+            self._sessions.changed()
 
     def _attach(self, work: _Work) -> bool:
         """Connect unless connected; False when gobgpd is not there."""
@@ -177,18 +180,20 @@ class Bgp:
                 self._client = connect(self._path)
             except GobgpError as error:
                 delay = min(RECONNECT_FIRST_SECONDS * 2**self._attempts, RECONNECT_MOST_SECONDS)
-                self._attempts, self._attempt_at = min(self._attempts + 1, 8), now + delay
+                delay = STUCK_SECONDS if error.stuck else delay
+                self._attempts, self._attempt_at = min(self._attempts + 1, 8), self._clock.monotonic() + delay
                 if not error.gone:
                     self._failures = (Failure("bgp-daemon", f"gobgpd: {error}"),)
         if self._client is None:
             work.retries.append(max(0.01, self._attempt_at - now))
-            if now >= self._away_since + PATIENCE_SECONDS:
+            if not self._failures and now >= self._away_since + PATIENCE_SECONDS:
                 work.warnings.append(f"gobgpd does not answer on {self._path}; BGP waits, learned routes stay")
             return False
         young = self._settings.bgp_graceful_restart_time - self._client.daemon_age()
         self._young_until = now + max(0.0, young)
-        self._attempts, self._attempt_at, self._heard_at = 0, now, now
+        self._attempts, self._attempt_at, self._heard_at, self._attached_at = 0, now, now, now
         self._failures = ()
+        self._sessions.attached()
         log.info("attached to gobgpd (interface generation %d)", self._client.generation)
         return True
 
@@ -201,13 +206,13 @@ class Bgp:
         self._client = self._watch = self._believed = None
         self._complete = self._settled = False
         self._end_of_init_at = None
-        self._sessions, self._sessions_at = (), None
+        self._sessions.forget()
 
     def _open_watch(self, client: Client) -> None:
         if self._watch is None:
             self._rib.restart()
             self._watch = Watch(client, self._eventfd)
-            self._sessions_at = self._clock.monotonic()
+            self._sessions.changed()
 
     def reconcile(
         self,
@@ -282,7 +287,7 @@ class Bgp:
         self._failures = self._refuse_loop(plan, actual) or self._apply(client, plan, wanted.policies, work)
         if plan.steps:
             work.observations["controller_bgp_internal_peers_sync_time"] = (self._clock.monotonic() - began,)
-            self._sessions_at = began
+            self._sessions.changed()
         self._asn = wanted.speaker.asn if wanted.speaker is not None else 0
         replaced = any(isinstance(step, ReplaceDaemon) for step in plan.steps)
         self._believed = None if self._failures or replaced or wanted.speaker is None else wanted
@@ -298,7 +303,11 @@ class Bgp:
         self, client: Client, node: Node, own: NodeFacts, nodes: Sequence[NodeFacts], actual: BgpState, vips: Vips
     ) -> DesiredBgp:
         """The desired state, as far as this daemon can have it."""
-        desired = desired_bgp(node, own, nodes, self._settings, self._secrets, actual, vips)
+        running = actual.speaker.listen_addresses if actual.speaker is not None else frozenset()
+        unbindable = process.unbindable(listen_addresses(node, own, self._settings.families, []), running)
+        if actual.speaker is None and self._clock.monotonic() < self._attached_at + PATIENCE_SECONDS:
+            unbindable = frozenset()  # the node comes up: time for its addresses to do so too
+        desired = desired_bgp(node, own, nodes, self._settings, self._secrets, actual, vips, unbindable=unbindable)
         if client.generation == 3:
             state, problems = without_bfd(desired.state, "gobgpd 3")
             desired = replace(desired, state=state, problems=(*desired.problems, *problems))
@@ -307,14 +316,15 @@ class Bgp:
     def _refuse_loop(self, plan: Plan, actual: BgpState) -> tuple[Failure, ...]:
         """A failure when gobgpd was restarted for the same wish before, and still reads back something else."""
         match plan.steps:
-            case (ReplaceDaemon(_, desired),) if desired == self._restarted_for:
+            case (ReplaceDaemon(desired=desired),) if desired == self._restarted_for:
                 text = f"gobgpd was restarted for {desired}, but runs {actual.speaker}; it is left so"
                 return (Failure("bgp-start", text),)
-            case (ReplaceDaemon(_, desired),):
+            case (ReplaceDaemon(desired=desired),):
                 self._restarted_for = desired
         return ()
 
     def _apply(self, client: Client, plan: Plan, policies: Policies, work: _Work) -> tuple[Failure, ...]:
+        plan = self._sessions.restarting(plan)
         for step in plan.steps:
             loud = isinstance(step, ReplaceDaemon)
             log.log(logging.WARNING if loud else logging.INFO, "%s", str(step).partition("\n")[0].rstrip(":"))
@@ -323,21 +333,21 @@ class Bgp:
             self._settled = False
         done, failures = client.apply(plan)
         work.writes += done
+        if not failures:
+            self._sessions.applied(plan)
         for kind, number in _advertisements(plan, policies).items():
             work.counters[f'controller_bgp_advertisements_sent{{type="{kind}"}}'] = number
         return failures
 
     def _look_at_sessions(self, client: Client, work: _Work) -> None:
-        now = self._clock.monotonic()
         if self._client is None or self._watch is None:
             return
-        if self._sessions_at is not None and now >= self._sessions_at:
-            self._sessions = client.sessions(self._asn)
-            self._sessions_at = None
+        neighbors = self._believed.neighbors if self._believed is not None else {}
+        again = self._sessions.look(client, self._asn, neighbors)
+        now = self._clock.monotonic()
         self._note_progress(Taken(), now)
         self._settle(now)
-        if self._sessions_at is not None:
-            work.retries.append(max(0.01, self._sessions_at - now))
+        work.retries.append(again)
         if self.hold_deletions:
             work.retries.append(EMPTY_TABLE_SECONDS)
 
@@ -354,7 +364,12 @@ class Bgp:
         return Outcome(
             writes=work.writes,
             failures=self._failures,
-            warnings=(*work.warnings, *dict.fromkeys(problem.text for problem in problems), *unbuilt),
+            warnings=(
+                *work.warnings,
+                *dict.fromkeys(problem.text for problem in problems),
+                *unbuilt,
+                *self._sessions.lines,
+            ),
             notices=tuple(notices),
             counters=work.counters,
             observations=work.observations,
@@ -363,7 +378,7 @@ class Bgp:
                     name="NetworkRoutesController", period=self._settings.routes_sync_period, last_success=self._synced
                 ),
             ),
-            sessions=self._sessions,
+            sessions=self._sessions.seen,
             retry_after=min(work.retries) if work.retries else None,
         )
 

@@ -44,13 +44,18 @@ class StartSpeaker:
 
 @dataclass(frozen=True, slots=True)
 class ReplaceDaemon:
-    """End the gobgpd process, for its supervisor to start a fresh one: a running one cannot change these settings."""
+    """End the gobgpd process, for its supervisor to start a fresh one: a running one cannot change these settings.
+
+    ``silently``: peers that know graceful restart are not told, and keep our routes.
+    """
 
     actual: Speaker
     desired: Speaker
+    silently: bool = False
 
     def __str__(self) -> str:
-        return f"restart gobgpd: it runs {self.actual}, wanted is {self.desired}"
+        way = ", gracefully" if self.silently else ""
+        return f"restart gobgpd{way}: it runs {self.actual}, wanted is {self.desired}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +245,8 @@ def diff(actual: BgpState, desired: BgpState, *, keep: bool = False, learned: Co
         start = StartSpeaker(desired.speaker)
         return Plan((start, *_changes(replace(FRESH, speaker=desired.speaker, export=CLOSED), desired, learned)))
     if actual.speaker != desired.speaker:
-        return Plan((ReplaceDaemon(actual.speaker, desired.speaker),))
+        silently = any(item.graceful_restart is not None for item in actual.neighbors.values())
+        return Plan((ReplaceDaemon(actual.speaker, desired.speaker, silently),))
     return Plan(tuple(_changes(actual, desired, learned)))
 
 

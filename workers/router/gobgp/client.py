@@ -48,6 +48,9 @@ from kube_router.workers.router.sessions import PeerStatus
 
 CALL_SECONDS = 5.0
 """How long one call may take before the daemon counts as stuck."""
+PROBE_SECONDS = 2.0
+CONNECT_SECONDS = 0.5
+"""The same for a call that costs the daemon nothing, and for the first call of all."""
 CHANNEL_OPTIONS = (
     # The thread that iterates over a stream reads it itself: a third of the time for 10,000 single route events.
     ("SingleThreadedUnaryStream", 1),
@@ -83,7 +86,7 @@ def connect(path: Path) -> Client:
         for dialect in dialects:
             client = Client(channel, dialect, path)
             try:
-                client.speaker()
+                client.ask(CONNECT_SECONDS)
             except GobgpError as error:
                 if error.unknown_service:
                     continue
@@ -114,6 +117,10 @@ class Client:
     def daemon_age(self) -> float:
         """Seconds since the daemon's process started; infinity when that cannot be told."""
         return process.age_seconds(self._path)
+
+    def ask(self, seconds: float = PROBE_SECONDS) -> None:
+        """Raise `GobgpError` if the daemon does not answer."""
+        self._call("GetBgp", self._messages.Empty(), self._messages.GetBgpResponse, seconds)
 
     def speaker(self) -> Speaker | None:
         """What was given to StartBgp, None before."""
@@ -187,9 +194,9 @@ class Client:
             case StartSpeaker(speaker):
                 self._call("StartBgp", self._messages.StartBgpRequest(**{"global": self._speaker(speaker)}))
                 self.apply_step(Assign("export", CLOSED))
-            case ReplaceDaemon():
+            case ReplaceDaemon(silently=silently):
                 try:
-                    process.terminate(self._path)
+                    process.terminate(self._path, silently=silently)
                 except OSError as error:
                     raise GobgpError(f"cannot end gobgpd: {error}") from error
             case SetPolicies(policies):
@@ -331,13 +338,13 @@ class Client:
     def _method(self, name: str) -> str:
         return f"/{self.dialect.service}/{name}"
 
-    def _call(self, name: str, request: Any, reply: Any = None) -> Any:
+    def _call(self, name: str, request: Any, reply: Any = None, seconds: float = CALL_SECONDS) -> Any:
         call = self._channel.unary_unary(
             self._method(name),
             request_serializer=_serialize,
             response_deserializer=(reply or self._messages.Empty).FromString,
         )
-        return self._raising(lambda: call(request, timeout=CALL_SECONDS))
+        return self._raising(lambda: call(request, timeout=seconds))
 
     def _stream(self, name: str, reply: Any) -> Any:
         return self._channel.unary_stream(
@@ -357,6 +364,8 @@ class Client:
             details = error.details() if isinstance(error, grpc.Call) else str(error)
             gone = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
             stuck = code == grpc.StatusCode.DEADLINE_EXCEEDED
+            if stuck:
+                details = "it is there, but does not answer: stopped or overloaded; learned routes stay"
             unknown = code == grpc.StatusCode.UNIMPLEMENTED
             raise GobgpError(details or str(code), gone=gone, stuck=stuck, unknown_service=unknown) from error
 

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import struct
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 _CREDENTIALS = struct.Struct("3i")
@@ -34,11 +35,32 @@ def age_seconds(path: Path) -> float:
         return float("inf")
 
 
-def terminate(path: Path) -> None:
-    """End the process: SIGTERM, so peers get a CEASE and drop our routes at once; raises OSError.
+def terminate(path: Path, *, silently: bool = False) -> None:
+    """End the process; raises OSError.
 
-    With graceful restart (a later feature) it will be SIGKILL, on which the peers keep them (RFC 4724).
+    SIGTERM makes it tell its peers (CEASE), which drop our routes at once. ``silently``, by SIGKILL, it tells nobody:
+    peers that know graceful restart keep them (RFC 4724).
     """
     pid = process_id(path)
     if pid > 1:
-        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGKILL if silently else signal.SIGTERM)
+
+
+def unbindable(addresses: Iterable[str], listening: Container[str]) -> frozenset[str]:
+    """Those on which nobody can listen in this network namespace; what BGP is ``listening`` on is not asked.
+
+    If that would leave none, no address is named: BGP must not listen everywhere, and gobgpd says what is wrong.
+    """
+    wanted = frozenset(addresses)
+    failing = frozenset(address for address in wanted if address not in listening and not _bindable(address))
+    return failing if failing != wanted else frozenset()
+
+
+def _bindable(address: str) -> bool:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
