@@ -14,6 +14,7 @@ from kube_router.ipc.messages import Component, Key, Kind, Node, Notice
 from kube_router.ipc.replica import Cluster
 from kube_router.workers.model import Failure, Outcome
 from kube_router.workers.nodefacts import NodeFacts, node_facts
+from kube_router.workers.router.aws import SourceDestCheck
 from kube_router.workers.router.bgp import Bgp
 from kube_router.workers.router.dataplane import Dataplane
 from kube_router.workers.router.vips import Vips, VipTable
@@ -43,6 +44,7 @@ class RouterController:
         self._facts: dict[Key, tuple[Node, NodeFacts]] = {}
         self._nodes: tuple[NodeFacts, ...] = ()
         self._seen: Mapping[Key, Node] | None = None
+        self._aws = SourceDestCheck(settings)
         self._vips = VipTable(settings)
         self._vips_followed = False
         self._announced: Vips | None = None
@@ -61,6 +63,7 @@ class RouterController:
         """Let go of gobgpd and the kernel's sockets; both keep everything."""
         self._bgp.close()
         self._dataplane.close()
+        self._aws.close()
 
     def _noting(self, drain: Callable[[], bool]) -> Callable[[], bool]:
         def noted() -> bool:
@@ -81,7 +84,8 @@ class RouterController:
         keep = not cluster.state.in_sync
         bgp = _guarded("BGP", lambda: self._sync_bgp(own_node, own, cluster, trigger, keep))
         dataplane = _guarded("dataplane", lambda: self._sync_dataplane(own, trigger, keep))
-        return self._joined(own_node, own, bgp, dataplane, keep)
+        aws = _guarded("AWS", lambda: self._aws.look(own_node, self._clock.monotonic()))
+        return self._joined(own_node, own, bgp, dataplane, aws, keep)
 
     def _look_at(self, cluster: Cluster) -> None:
         """Derive facts of new and changed Nodes; those of the others stay the same objects."""
@@ -148,13 +152,15 @@ class RouterController:
             self._full_at = self._clock.monotonic() + self._settings.injected_routes_sync_period
         return outcome
 
-    def _joined(self, node: Node, own: NodeFacts, bgp: Outcome, dataplane: Outcome, keep: bool) -> Outcome:
+    def _joined(
+        self, node: Node, own: NodeFacts, bgp: Outcome, dataplane: Outcome, aws: Outcome, keep: bool
+    ) -> Outcome:
         problems = () if self._settings.enable_cni else own.problems  # the cni worker tells them otherwise
         notices = tuple(
             Notice(worker=self.name, kind="Node", name=own.name, uid=node.uid, reason=item.reason, text=item.text)
             for item in problems
         )
-        retries = [item for item in (bgp.retry_after, dataplane.retry_after) if item is not None]
+        retries = [item for item in (bgp.retry_after, dataplane.retry_after, aws.retry_after) if item is not None]
         retries.append(max(0.05, self._full_at - self._clock.monotonic()))
         if keep:
             retries.append(KEEP_RETRY_SECONDS)
@@ -165,10 +171,16 @@ class RouterController:
         )
         return Outcome(
             writes=bgp.writes + dataplane.writes,
-            failures=(*bgp.failures, *dataplane.failures),
+            failures=(*bgp.failures, *dataplane.failures, *aws.failures),
             warnings=tuple(
                 dict.fromkeys(
-                    (*(item.text for item in problems), *bgp.warnings, *self._vips.lines, *dataplane.warnings)
+                    (
+                        *(item.text for item in problems),
+                        *bgp.warnings,
+                        *self._vips.lines,
+                        *dataplane.warnings,
+                        *aws.warnings,
+                    )
                 )
             ),
             notices=(*notices, *bgp.notices, *self._service_notices(own), *dataplane.notices),
