@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from kube_router.workers.model import Family
 from kube_router.workers.nodefacts import NodeFacts, parse_address
 from kube_router.workers.router.bgpstate import FRESH, Neighbor
 from kube_router.workers.router.desired import router_id
+from kube_router.workers.router.vips import Vips
 
 V4, V6 = Family.IPV4, Family.IPV6
 DUAL = (V4, V6)
@@ -146,11 +148,40 @@ def test_a_changed_cidr_of_one_family_leaves_the_other_alone() -> None:
     assert state.paths == {"10.244.9.0/24": "10.0.0.1", "fd00:1::/64": "2001:db8::1"}
 
 
-def test_flags_that_are_not_built_yet_are_told_once_each_and_change_nothing() -> None:
-    desired = asking(A, B, advertise_cluster_ip=True)
-    assert desired.state == asking(A, B).state
-    (line,) = desired.unbuilt
-    assert "--advertise-cluster-ip" in line
+VIPS = Vips(frozenset({"192.0.2.1", "2001:db8:e::1"}), frozenset({"192.0.2.1", "2001:db8:e::1", "192.0.2.2"}))
+
+
+def test_service_addresses_are_host_prefixes_by_the_nodes_address_of_the_same_family() -> None:
+    paths = asking(A, B, vips=VIPS).state.paths
+    assert paths == {
+        "10.244.1.0/24": "10.0.0.1",
+        "fd00:1::/64": "2001:db8::1",
+        "192.0.2.1/32": "10.0.0.1",
+        "2001:db8:e::1/128": "2001:db8::1",
+    }
+
+
+def test_service_addresses_of_a_family_without_node_address_wait() -> None:
+    paths = asking(node("a", ["10.0.0.1"], ["10.244.1.0/24"]), B, vips=VIPS).state.paths
+    assert paths == {"10.244.1.0/24": "10.0.0.1", "192.0.2.1/32": "10.0.0.1"}
+
+
+@pytest.mark.parametrize("lost", ["address", "pod CIDR"])
+@pytest.mark.parametrize("family", DUAL)
+def test_the_last_good_state_tells_pod_cidrs_and_service_addresses_apart(family: Family, lost: str) -> None:
+    running = asking(A, B, vips=VIPS).state
+    addresses, cidrs = [item.address for item in A.addresses], list(A.pod_cidrs)
+    (addresses if lost == "address" else cidrs).pop(0 if family is V4 else 1)
+    one_family_less = node("a", addresses, cidrs)
+    assert asking(one_family_less, B, actual=running, vips=VIPS).state == running
+    assert asking(one_family_less, B, actual=running).state == asking(A, B).state
+
+
+def test_a_path_that_no_policy_knows_any_more_is_no_pod_cidr() -> None:
+    """The worker was killed after the policies were written, and before the path was withdrawn."""
+    torn = replace(asking(A, B).state, paths=asking(A, B, vips=VIPS).state.paths)
+    state = asking(node("a", ["10.0.0.1", "2001:db8::1"]), B, actual=torn).state
+    assert state.paths == asking(A, B).state.paths
 
 
 def test_external_peer_gets_flags_and_an_address_of_its_own_family() -> None:

@@ -356,7 +356,6 @@ class Bgp:
             work.counters["controller_bgp_advertisements_received"] = self._received
             self._received = 0
         problems = self._desired.problems if self._desired is not None else ()
-        unbuilt = self._desired.unbuilt if self._desired is not None else ()
         notices = [
             Notice(worker="router", kind="Node", name=own.name, uid=own.uid, reason=problem.reason, text=problem.text)
             for problem in problems
@@ -367,7 +366,6 @@ class Bgp:
             warnings=(
                 *work.warnings,
                 *dict.fromkeys(problem.text for problem in problems),
-                *unbuilt,
                 *self._sessions.lines,
             ),
             notices=tuple(notices),

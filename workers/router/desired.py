@@ -28,14 +28,10 @@ DEFAULT_ASN = 64512
 
 @dataclass(frozen=True, slots=True)
 class DesiredBgp:
-    """``state.speaker`` None: it is not known how to start one; a running one stays, see ``problems``.
-
-    ``unbuilt``: one line a feature that is asked for and not built yet.
-    """
+    """``state.speaker`` None: it is not known how to start one; a running one stays, see ``problems``."""
 
     state: BgpState
     problems: tuple[Problem, ...] = ()
-    unbuilt: tuple[str, ...] = ()
 
 
 def desired_bgp(
@@ -82,7 +78,7 @@ def desired_bgp(
         paths=_paths(own, vips),
         neighbors={**internal, **external},
     )
-    return DesiredBgp(state, tuple(problems), tuple(_unbuilt(settings)))
+    return DesiredBgp(state, tuple(problems))
 
 
 def with_last_good(own: NodeFacts, actual: BgpState, families: Sequence[Family], problems: list[Problem]) -> NodeFacts:
@@ -233,9 +229,3 @@ def _paths(own: NodeFacts, vips: Vips) -> Mapping[str, str]:
     pods = ((str(cidr), hops[Family(cidr.version)]) for cidr in own.pod_cidrs)
     services = ((host_prefix(vip), hops[Family.IPV6 if ":" in vip else Family.IPV4]) for vip in vips.advertised)
     return {prefix: hop for prefix, hop in (*pods, *services) if hop}
-
-
-def _unbuilt(settings: Settings) -> Iterator[str]:
-    for name in names.UNBUILT_FLAGS:
-        if getattr(settings, name):
-            yield f"flag --{name.replace('_', '-')} has no effect: not built yet"

@@ -50,10 +50,3 @@ ADVERTISE_EXTERNAL_IP = ANNOTATION_PREFIX + "service.advertise.externalip"
 ADVERTISE_LOADBALANCER_IP = ANNOTATION_PREFIX + "service.advertise.loadbalancerip"
 SERVICE_LOCAL = ANNOTATION_PREFIX + "service.local"
 SKIP_LOADBALANCER_IPS = ANNOTATION_PREFIX + "service.skiplbips"
-
-UNBUILT_FLAGS = (
-    "advertise_cluster_ip",
-    "advertise_external_ip",
-    "advertise_loadbalancer_ip",
-)
-"""Fields of `Settings` whose features a later version brings; each is false by default."""

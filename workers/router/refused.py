@@ -9,7 +9,7 @@ none, as for services. So it is refused too, unless ``--bgp-accept-covering-pref
 
 What stays possible: the pod CIDRs and the subnets of other nodes, wherever they lie. A service range that shares
 addresses with any node's pod CIDR or address is no range of its own (``--service-external-ip-range 10.0.0.0/8`` is
-meant as "anything"): it is not protected as a whole, which is told. Its Services' own addresses still are.
+meant as "anything"): it is not protected as a whole, which is told. The Service addresses that are announced still are.
 """
 
 from __future__ import annotations
