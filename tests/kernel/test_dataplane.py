@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -352,7 +353,7 @@ def test_law_7_both_families_hold_the_same(node: Namespace, backend: str) -> Non
     assert node.run("ip route show proto 17").count("\n") == node.run("ip -6 route show proto 17").count("\n") == 2
 
 
-def test_a_disabled_family_is_not_touched(node: Namespace, backend: str) -> None:
+def test_a_family_that_is_off_and_clean_is_not_touched(node: Namespace, backend: str) -> None:
     before = node.run(f"ip6tables-{backend}-save; ip -6 route")
     running = RunningDataplane(settings=SINGLE_STACK, nodes=tuple(facts(n, [Family.IPV4]) for n in (1, 2)))
     assert running.reconcile().failures == ()
@@ -360,3 +361,62 @@ def test_a_disabled_family_is_not_touched(node: Namespace, backend: str) -> None
         line for line in before.splitlines() if line[0] != "#"
     ]
     assert node.run("ipset list -n").split() == ["kube-router-node-ips", "kube-router-pod-subnets"]
+
+
+IPV6_FOREIGN = """
+ip6tables-{backend} -A FORWARD -s 2001:db8::/32 -j ACCEPT
+ip6tables-{backend} -t nat -A POSTROUTING -s 2001:db8::/32 -j MASQUERADE
+ipset create inet6:foreign hash:net family inet6
+ip -6 route add 2001:db8:1::/48 via fd00::2
+"""
+
+
+@pytest.mark.parametrize("off", tuple(Family), ids=str)
+def test_a_family_that_is_switched_off_leaves_nothing_behind(node: Namespace, backend: str, off: Family) -> None:
+    """After a sync that may delete; what is not ours, and all of the other family, stays as it is."""
+    for line in IPV6_FOREIGN.format(backend=backend).strip().splitlines():
+        node.run(line)
+        node.run(
+            line.replace("ip6tables", "iptables")
+            .replace("2001:db8:1::/48 via fd00::2", "192.0.2.0/24 via 10.0.0.2")
+            .replace("2001:db8::/32", "192.0.2.0/24")
+            .replace("inet6:", "")
+            .replace(" family inet6", "")
+            .replace("ip -6", "ip")
+        )
+    untouched = state(node, backend)
+    kept = Family.IPV6 if off is Family.IPV4 else Family.IPV4
+    settings = Settings(enable_ipv4=kept is Family.IPV4, enable_ipv6=kept is Family.IPV6)
+    nodes = tuple(facts(number, [kept]) for number in (1, 2, 3))
+    learned = {prefix: hop for prefix, hop in pod_routes(2, 3).items() if (":" in prefix) is (kept is Family.IPV6)}
+
+    RunningDataplane(settings=settings, nodes=nodes, learned=learned).reconcile()
+    single = state(node, backend)
+    cleanup(DUAL_STACK)
+    assert state(node, backend) == untouched
+
+    RunningDataplane().reconcile()
+    running = RunningDataplane(settings=settings, nodes=nodes, learned=learned)
+    before = state(node, backend)
+    assert running.reconcile(hold=True).failures == ()
+    assert state(node, backend) == before, "on the word of a stale snapshot"
+    assert running.reconcile(Trigger(confirmed=True)).failures == ()
+    assert without_seeds(state(node, backend)) == without_seeds(single)
+    with nothing_written(node):
+        assert running.reconcile(Trigger(period=True)).writes == 0
+        assert RunningDataplane(settings=settings, nodes=nodes, learned=learned).reconcile().writes == 0
+
+
+def without_seeds(text: str) -> list[str]:
+    """Lines without what differs between two sets that hold the same."""
+    return [re.sub(r"initval \S+|Size in memory: .*", "", line) for line in text.splitlines()]
+
+
+def test_a_set_of_a_family_that_is_off_stays_while_somebody_uses_it_and_is_told(node: Namespace, backend: str) -> None:
+    RunningDataplane().reconcile()
+    node.run(f"ip6tables-{backend} -A INPUT -m set --match-set inet6:kube-router-node-ips src -j ACCEPT")
+    running = RunningDataplane(settings=SINGLE_STACK, nodes=tuple(facts(n, [Family.IPV4]) for n in (1, 2)))
+    outcome = running.reconcile()
+    assert outcome.failures == ()
+    assert [line for line in outcome.warnings if "IPv6 is off" in line and "inet6:kube-router-node-ips" in line]
+    assert "inet6:kube-router-node-ips" in node.run("ipset list -n")

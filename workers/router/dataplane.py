@@ -23,6 +23,7 @@ from kube_router.workers.nodefacts import NodeFacts
 from kube_router.workers.router.cleanup import cleanup
 from kube_router.workers.router.egress import FORWARD, POSTROUTING
 from kube_router.workers.router.foreign import ForeignChanges, Suspects
+from kube_router.workers.router.leaving import Leaving
 from kube_router.workers.router.routes import Surroundings, surroundings
 from kube_router.workers.router.routesync import RouteSync
 from kube_router.workers.router.rulesync import RuleSync, SetSync
@@ -72,6 +73,7 @@ class Dataplane:
         self._sets_done: tuple[tuple[NodeFacts, ...], bool] | None = None
         self._without_sets: frozenset[Family] = frozenset()
         self._legacy_marks: dict[tuple[Family, str], bytes] = {}
+        self._leaving = Leaving(settings.families, clock)
 
     @property
     def writes(self) -> int:
@@ -113,6 +115,9 @@ class Dataplane:
         self._sync_sets(tuple(nodes), suspects, hold_deletions, result)
         self._sync_rules(suspects, hold_deletions, result)
         self._sync_routes(learned, changed, suspects, hold_deletions or hold_routes, result)
+        if self._rule_driver is not None and not hold_deletions and not result.failures:
+            result.writes += self._leaving.sync(self._rule_driver, self._set_driver)
+        result.warnings += self._leaving.warnings
         return result.outcome()
 
     def _sync_links(self, own: NodeFacts, suspects: Suspects, result: Collected) -> None:
