@@ -11,8 +11,8 @@ from support.apiserver import AGENT_TOKEN, AGENT_TOKENS, ApiServer, grant_agents
 from support.follower import Follower
 
 from kube_router.ipc.messages import KINDS, Kind
-from kube_router.workers.watcher.apiserver import ApiServer as WatcherApiServer
-from kube_router.workers.watcher.credentials import Credentials, load_access
+from kube_router.workers.kubeapi.apiserver import ApiServer as WatcherApiServer
+from kube_router.workers.kubeapi.credentials import Credentials, load_access
 from kube_router.workers.watcher.kubernetesapi import KubernetesSource
 from kube_router.workers.watcher.listwatch import Tuning
 

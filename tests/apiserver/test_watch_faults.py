@@ -31,8 +31,8 @@ from support.faultserver import (
 from support.follower import Follower
 
 from kube_router.ipc.messages import KINDS, Kind, Node
-from kube_router.workers.watcher.apiserver import ApiServer
-from kube_router.workers.watcher.credentials import Credentials, load_access
+from kube_router.workers.kubeapi.apiserver import ApiServer
+from kube_router.workers.kubeapi.credentials import Credentials, load_access
 from kube_router.workers.watcher.kubernetesapi import KubernetesSource
 from kube_router.workers.watcher.listwatch import Tuning
 from kube_router.workers.watcher.source import Alive, Listed

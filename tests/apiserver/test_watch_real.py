@@ -23,8 +23,8 @@ from kube_router.ipc.messages import (
     Pod,
     Service,
 )
-from kube_router.workers.watcher.apiserver import ApiServer as WatcherApiServer
-from kube_router.workers.watcher.credentials import Credentials, load_access
+from kube_router.workers.kubeapi.apiserver import ApiServer as WatcherApiServer
+from kube_router.workers.kubeapi.credentials import Credentials, load_access
 from kube_router.workers.watcher.events import ApiSink
 from kube_router.workers.watcher.kubernetesapi import EventPoster
 from kube_router.workers.watcher.listwatch import Tuning

@@ -34,9 +34,10 @@ def make_source(settings: Settings, kinds: tuple[Kind, ...], feed: Feed) -> tupl
         from kube_router.workers.watcher.manifests import ManifestSource
 
         return ManifestSource(Path(settings.manifests), kinds), LogSink()
-    from kube_router.workers.watcher.kubernetesapi import EventPoster, KubernetesSource, make_server, source_name
+    from kube_router.workers.kubeapi.apiserver import make_server
+    from kube_router.workers.watcher.kubernetesapi import EventPoster, KubernetesSource, source_name
 
-    server = make_server(settings.kubeconfig, settings.master)
+    server = make_server(settings.kubeconfig, settings.master, NAME)
     name = source_name(settings.kubeconfig, settings.master)
     return KubernetesSource(server, name, kinds), ApiSink(EventPoster(server, settings.node_name), feed)
 

@@ -9,22 +9,15 @@ Field names and meanings: Kubernetes API reference v1.34, which also documents e
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
 from kube_router.ipc.messages import Kind
+from kube_router.workers.kubeapi.status import ApiStruct, Int32, Int64, Status
 
 INITIAL_EVENTS_END = "k8s.io/initial-events-end"
 """Annotation on the bookmark that ends the first part of a streaming list (KEP-3157)."""
-
-Int32 = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
-Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-"""Go's int32 and int64; what is beyond could not go on the wire either."""
-
-
-class ApiStruct(msgspec.Struct, rename="camel", gc=False):
-    """Base: camelCase names; no reference cycles can arise, so the collector need not look."""
 
 
 class OwnerReference(ApiStruct):
@@ -299,25 +292,6 @@ class WatchEvent(ApiStruct, Generic[ObjectT]):
 
     type: str
     object: ObjectT
-
-
-class StatusCause(ApiStruct):
-    reason: str | None = None
-
-
-class StatusDetails(ApiStruct):
-    causes: list[StatusCause] | None = None
-    retry_after_seconds: Int32 | None = None
-
-
-class Status(ApiStruct):
-    """``metav1.Status``: what the API answers instead of an object when something is wrong."""
-
-    kind: str
-    code: Int32 | None = None
-    reason: str | None = None
-    message: str | None = None
-    details: StatusDetails | None = None
 
 
 class ErrorEvent(ApiStruct):

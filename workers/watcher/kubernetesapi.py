@@ -15,8 +15,7 @@ import msgspec
 from urllib3.exceptions import HTTPError
 
 from kube_router.ipc.messages import Kind, Projection
-from kube_router.workers.watcher.apiserver import ApiError, ApiServer
-from kube_router.workers.watcher.credentials import Credentials, load_access
+from kube_router.workers.kubeapi.apiserver import ApiError, ApiServer
 from kube_router.workers.watcher.events import PostError, Telling, event_body, event_namespace, rfc3339
 from kube_router.workers.watcher.kinds import RESOURCES
 from kube_router.workers.watcher.listwatch import KindWatcher, Tuning
@@ -70,11 +69,6 @@ def source_name(kubeconfig: str, master: str) -> str:
     if kubeconfig:
         return f"Kubernetes API by kubeconfig {kubeconfig}" + (f", master {master}" if master else "")
     return f"Kubernetes API in-cluster, master {master}" if master else "Kubernetes API in-cluster"
-
-
-def make_server(kubeconfig: str, master: str) -> ApiServer:
-    """The way to the API server that the flags name. Nothing is read yet."""
-    return ApiServer(Credentials(lambda: load_access(kubeconfig, master)))
 
 
 class _Counted(msgspec.Struct):

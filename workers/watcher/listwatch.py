@@ -25,6 +25,7 @@ import msgspec
 from urllib3.exceptions import HTTPError
 
 from kube_router.ipc.messages import Key, Projection
+from kube_router.workers.kubeapi.apiserver import ApiError, ApiServer, Response, one_line, status_error
 from kube_router.workers.watcher.apiobjects import (
     INITIAL_EVENTS_END,
     ApiObject,
@@ -35,7 +36,6 @@ from kube_router.workers.watcher.apiobjects import (
     event_decoder,
     page_decoder,
 )
-from kube_router.workers.watcher.apiserver import ApiError, ApiServer, Response, one_line, status_error
 from kube_router.workers.watcher.kinds import Resource
 from kube_router.workers.watcher.projections import PROJECT
 from kube_router.workers.watcher.source import Alive, Backoff, Changed, Feed, Listed, Stopped, Trouble

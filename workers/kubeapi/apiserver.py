@@ -26,15 +26,14 @@ from urllib3.exceptions import (
     SSLError,
 )
 
-from kube_router.workers.watcher.apiobjects import Status
-from kube_router.workers.watcher.credentials import Access, BadAccess, Credentials
+from kube_router.workers.kubeapi.credentials import Access, BadAccess, Credentials, load_access
+from kube_router.workers.kubeapi.status import Status
 
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 60.0
 """The API server's own limit for a request that is no watch."""
 MAX_ERROR_BYTES = 64 << 10
 MAX_RETRY_AFTER = 120.0
-USER_AGENT = "kube-router/watcher"
 
 SOCKET_OPTIONS = [
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
@@ -83,8 +82,9 @@ class ApiError(Exception):
 class ApiServer:
     """The way to one API server; made from `Credentials`, which may change under way."""
 
-    def __init__(self, credentials: Credentials) -> None:
-        self._credentials = credentials
+    def __init__(self, credentials: Credentials, worker: str = "watcher") -> None:
+        """``worker`` stands in the User-Agent header."""
+        self._credentials, self._agent = credentials, f"kube-router/{worker}"
         self._lock = threading.Lock()
         self._pool: urllib3.PoolManager | None = None
         self._pool_access: Access | None = None
@@ -107,7 +107,7 @@ class ApiServer:
 
         ``silence``: seconds without a byte, before the answer or within it, after which the server counts as gone.
         """
-        headers = {"Accept": "application/json", "User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
+        headers = {"Accept": "application/json", "User-Agent": self._agent, "Accept-Encoding": "identity"}
         if body is not None:
             headers["Content-Type"] = content_type
         target = path + ("?" + urlencode(query) if query else "")
@@ -184,6 +184,11 @@ class ApiServer:
         """The `ApiError` for an exception out of a connection."""
         reason, silent = explain(error, silence)
         return ApiError(f"{self.name}: {reason}", silent=silent)
+
+
+def make_server(kubeconfig: str, master: str, worker: str) -> ApiServer:
+    """The way to the API server that the flags name, for ``worker``. Nothing is read yet."""
+    return ApiServer(Credentials(lambda: load_access(kubeconfig, master)), worker)
 
 
 def make_pool(access: Access) -> urllib3.PoolManager:
