@@ -131,6 +131,7 @@ class Service(Projection, frozen=True, kw_only=True, omit_defaults=True, gc=Fals
     external_traffic_policy: str = ""
     health_check_node_port: int = 0
     load_balancer_class: str | None = None
+    load_balancer_ip: str = ""
     load_balancer_source_ranges: tuple[str, ...] = ()
     publish_not_ready_addresses: bool = False
     traffic_distribution: str = ""

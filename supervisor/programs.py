@@ -68,7 +68,7 @@ PROGRAMS: tuple[Program, ...] = (
     # iptables only for one of its backends, which says so itself when it is missing.
     Program("firewall", ("run_firewall",), built=True, capabilities=("net_admin", "net_raw")),
     Program("proxy", ("run_service_proxy",), built=False),
-    Program("loadbalancer", ("run_loadbalancer",), built=False),
+    Program("loadbalancer", ("run_loadbalancer",), built=True, leaves_state=False, user=WORKER_USER),
     Program("health", (), built=True, leaves_state=False, user=WORKER_USER),
     Program(
         RELOADER,

@@ -27,7 +27,7 @@ def first_closed(program: Program, settings: Settings, gobgpd: str) -> str | Non
     wanted = [os.path.realpath(sys.executable), *code_paths()]
     if program.name == "gobgpd":
         wanted.append(gobgpd)
-    if program.name == "watcher":
+    if program.name in ("watcher", "loadbalancer"):
         exec_plugin, files = source_files(settings)
         if exec_plugin:
             return f"what the exec plugin of {settings.kubeconfig} reads"

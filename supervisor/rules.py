@@ -252,9 +252,14 @@ def api_url(value: str) -> str:
 
 def node_name(value: str) -> str:
     """The name of a Node: a DNS subdomain (RFC 1123), or empty."""
-    if value and (len(value) > 253 or not _NODE_NAME.fullmatch(value)):
+    if value and not is_dns_subdomain(value):
         raise ValueError("must be the name of a Node: lower-case letters, digits, '-' and '.', at most 253")
     return value
+
+
+def is_dns_subdomain(value: str) -> bool:
+    """Whether `node_name` takes it; pods and namespaces are named by the same rule."""
+    return len(value) <= 253 and _NODE_NAME.fullmatch(value) is not None
 
 
 def directory(value: str) -> str:

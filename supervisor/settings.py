@@ -33,6 +33,7 @@ RANGE_FLAGS = ("service-cluster-ip-range", "service-external-ip-range", "loadbal
 GRACEFUL_FLAGS = frozenset(("bgp-graceful-restart-time", "bgp-graceful-restart-deferral-time"))
 CNI_CONF_VARIABLE = "KUBE_ROUTER_CNI_CONF_FILE"
 NODE_NAME_VARIABLE = "NODE_NAME"
+POD_NAME_VARIABLE, POD_NAMESPACE_VARIABLE = "POD_NAME", "POD_NAMESPACE"
 LONGEST_PASSWORD = 80
 """Bytes of a TCP-MD5 key (tcp(7), TCP_MD5SIG_MAXKEYLEN)."""
 _BASE64 = re.compile(r"([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
@@ -63,12 +64,15 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What the machine contributes; ``passwords_file`` is the file's content, None if there is none to read."""
+    """What the machine contributes; ``passwords_file`` is the file's content, None if there is none to read;
+    ``namespace_file`` that of the service account's, empty without one.
+    """
 
     environment: Mapping[str, str]
     host_name: str
     working_directory: str
     passwords_file: str | None = None
+    namespace_file: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,7 @@ def resolve(parsed: Parsed, surroundings: Surroundings) -> Resolution:
     resolver.check_bgp()
     resolver.check_addresses_in_use()
     resolver.find_names()
+    resolver.check_loadbalancer()
     secrets = Secrets(peer_router_passwords=resolver.passwords())
     settings = msgspec.convert(resolver.fields, Settings)
     unbuilt = tuple(program.name for program in unbuilt_programs(settings))
@@ -235,6 +240,23 @@ class _Resolver:
             self.problems.append(Problem(CNI_CONF_VARIABLE, cni_conf_file, "must be an absolute path"))
         elif cni_conf_file:
             self.fields["cni_conf_file"] = cni_conf_file
+
+    def check_loadbalancer(self) -> None:
+        """The allocator writes to the API, and contends for a Lease under its pod's name."""
+        environment = self.surroundings.environment
+        self.fields["pod_name"] = environment.get(POD_NAME_VARIABLE, "")
+        namespace = environment.get(POD_NAMESPACE_VARIABLE, "") or self.surroundings.namespace_file.strip()
+        self.fields["pod_namespace"] = namespace
+        if not self.fields["run_loadbalancer"]:
+            return
+        if self.value("manifests"):
+            self.fields["run_loadbalancer"] = False
+            self.remarks.append("--run-loadbalancer has no effect with --manifests: there is no API server to write to")
+            return
+        for key, value in ((POD_NAME_VARIABLE, self.fields["pod_name"]), (POD_NAMESPACE_VARIABLE, namespace)):
+            if not value or not rules.is_dns_subdomain(str(value)):
+                rule = "must be set to the agent's own pod by the downward API, for --run-loadbalancer"
+                self.problems.append(Problem(key, str(value), rule))
 
     def passwords(self) -> tuple[str, ...]:
         """The peers' passwords, decoded: from the flag, else from the file."""

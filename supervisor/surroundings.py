@@ -34,7 +34,15 @@ def read_surroundings(parsed: Parsed, working_directory: str | None = None) -> S
         host_name=socket.gethostname(),
         working_directory=working_directory,
         passwords_file=passwords_file,
+        namespace_file=_namespace(),
     )
+
+
+def _namespace() -> str:
+    try:
+        return read_text(SERVICE_ACCOUNT / "namespace")
+    except (OSError, ValueError):
+        return ""
 
 
 def read_text(path: Path) -> str:

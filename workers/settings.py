@@ -122,6 +122,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_format: str = "text"
     # found out at start
     node_name: str = ""
+    pod_name: str = ""
+    pod_namespace: str = ""
     cni_conf_file: str = "/etc/cni/net.d/10-kuberouter.conf"
     unbuilt_workers: tuple[str, ...] = ()
 

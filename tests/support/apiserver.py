@@ -396,10 +396,16 @@ READ = [
     {"apiGroups": ["networking.k8s.io"], "resources": ["networkpolicies"], "verbs": ["list", "watch"]},
 ]
 READ_PODS = {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch"]}
+ALLOCATE = [
+    {"apiGroups": [""], "resources": ["services"], "verbs": ["get"]},
+    {"apiGroups": [""], "resources": ["services/status"], "verbs": ["update"]},
+    {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get", "create", "update"]},
+]
+"""What ``--run-loadbalancer`` needs on top."""
 WRITE_EVENTS = {"apiGroups": [""], "resources": ["events"], "verbs": ["create", "patch", "get"]}
 
 
 def grant_agents(server: ApiServer) -> None:
     """``agent`` may do what the agent needs; ``partial`` may not read pods."""
-    server.allow("agent", [*READ, READ_PODS, WRITE_EVENTS])
+    server.allow("agent", [*READ, READ_PODS, WRITE_EVENTS, *ALLOCATE])
     server.allow("partial", READ)

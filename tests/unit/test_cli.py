@@ -264,12 +264,12 @@ def test_an_address_of_nobody(manifests: Path, tmp_path: Path) -> None:
 
 def test_what_is_not_built_is_one_clear_line_each(manifests: Path) -> None:
     # The run directory cannot be made: all checks are passed and nothing is started.
-    arguments = [f"--manifests={manifests}", "--health-port=0", "--run-dir=/proc/version/run", "--run-loadbalancer"]
+    arguments = [f"--manifests={manifests}", "--health-port=0", "--run-dir=/proc/version/run"]
     result = run(*arguments, "--enable-ipv4=false", "--enable-ipv6")
     assert (result.returncode, result.stderr) == (1, "")
     text = " is asked for and not built yet: it does not run, and nothing else is affected"
     unbuilt = [line for line in result.stdout.splitlines() if line.endswith(text)]
-    assert [line.removesuffix(text).split()[-1] for line in unbuilt] == ["proxy", "loadbalancer"]
+    assert [line.removesuffix(text).split()[-1] for line in unbuilt] == ["proxy"]
     assert sum("--service-cluster-ip-range" in line for line in result.stdout.splitlines()) == 1
 
 

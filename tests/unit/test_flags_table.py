@@ -139,7 +139,7 @@ def test_only_the_passwords_are_secret() -> None:
 
 
 def test_every_flag_is_a_field_of_the_settings_and_the_other_way_round() -> None:
-    found_out_at_start = {"node_name", "cni_conf_file", "unbuilt_workers"}
+    found_out_at_start = {"node_name", "pod_name", "pod_namespace", "cni_conf_file", "unbuilt_workers"}
     fields = {field.name for field in msgspec.structs.fields(Settings)} - found_out_at_start
     assert {field_name(flag.name) for flag in FLAGS if flag.name not in NOT_SETTINGS} == fields
 

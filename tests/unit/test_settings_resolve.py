@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import pytest
@@ -22,8 +23,8 @@ PEER = ("--peer-router-ips=10.0.0.1", "--peer-router-asns=65001")
 TWO_PEERS = ("--peer-router-ips=10.0.0.1,fd00::1", "--peer-router-asns=65001,65002")
 
 
-def resolution(*arguments: str, passwords_file: str | None = None) -> Resolution:
-    return resolve(parse_arguments(arguments), replace(MACHINE, passwords_file=passwords_file))
+def resolution(*arguments: str, **machine: Any) -> Resolution:
+    return resolve(parse_arguments(arguments), replace(MACHINE, **machine))
 
 
 def faults(*arguments: str, passwords_file: str | None = None) -> list[str]:
@@ -47,12 +48,51 @@ def test_settings_survive_their_file() -> None:
     ("arguments", "unbuilt"),
     [
         (["--run-service-proxy=false"], ()),
-        (["--run-firewall=false", "--run-loadbalancer"], ("proxy", "loadbalancer")),
+        (["--run-firewall=false", "--run-loadbalancer"], ("proxy",)),
         (["--run-router=false"], ("proxy",)),
     ],
 )
 def test_workers_that_are_asked_for_and_not_built(arguments: list[str], unbuilt: tuple[str, ...]) -> None:
     assert resolution(*arguments).settings.unbuilt_workers == unbuilt
+
+
+# --- the allocator of load-balancer addresses -------------------------------------------------------------------------
+
+
+POD = {"POD_NAME": "kube-router-x7k2p", "POD_NAMESPACE": "kube-system"}
+
+
+def test_the_allocator_knows_its_pod() -> None:
+    settings = resolution("--run-loadbalancer", environment=POD).settings
+    assert (settings.pod_name, settings.pod_namespace) == ("kube-router-x7k2p", "kube-system")
+
+
+def test_the_namespace_comes_from_the_service_account_too() -> None:
+    environment = {"POD_NAME": "kube-router-x7k2p"}
+    result = resolution("--run-loadbalancer", environment=environment, namespace_file="networking\n")
+    assert (result.problems, result.settings.pod_namespace) == ((), "networking")
+
+
+@pytest.mark.parametrize(
+    ("environment", "key", "value"),
+    [
+        ({}, "POD_NAME", ""),
+        ({"POD_NAME": "a"}, "POD_NAMESPACE", ""),
+        ({**POD, "POD_NAME": "../x"}, "POD_NAME", "../x"),
+        ({**POD, "POD_NAMESPACE": "a b"}, "POD_NAMESPACE", "a b"),
+    ],
+)
+def test_without_its_pod_the_allocator_cannot_start(environment: dict[str, str], key: str, value: str) -> None:
+    problems = [str(problem) for problem in resolution("--run-loadbalancer", environment=environment).problems]
+    rule = "must be set to the agent's own pod by the downward API, for --run-loadbalancer"
+    assert f'{key}="{value}": {rule}' in problems
+    assert resolution(environment=environment).problems == ()
+
+
+def test_without_an_api_server_there_is_no_allocator() -> None:
+    result = resolution("--run-loadbalancer", "--manifests=/m", environment=POD)
+    assert (result.problems, result.settings.run_loadbalancer) == ((), False)
+    assert "no API server" in result.remarks[0]
 
 
 # --- families ------------------------------------------------------------------------------------------------------

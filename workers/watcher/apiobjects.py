@@ -158,6 +158,7 @@ class ServiceSpec(ApiStruct):
     external_traffic_policy: str | None = None
     health_check_node_port: Int32 | None = None
     load_balancer_class: str | None = None
+    load_balancer_ip: str | None = msgspec.field(name="loadBalancerIP", default=None)
     load_balancer_source_ranges: list[str] | None = None
     publish_not_ready_addresses: bool | None = None
     traffic_distribution: str | None = None

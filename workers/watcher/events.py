@@ -10,7 +10,6 @@ and told later; more than `SIMILAR` texts about one object and reason are told a
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import logging
 import queue
@@ -26,6 +25,7 @@ from typing import Any, Protocol
 import msgspec
 
 from kube_router.ipc.messages import Notice
+from kube_router.workers.kubeapi.times import rfc3339
 from kube_router.workers.watcher.kinds import RESOURCES
 from kube_router.workers.watcher.source import Backoff, Feed, Stopped, Trouble
 
@@ -170,11 +170,6 @@ def event_body(telling: Telling, host: str) -> bytes:
             "reportingInstance": host,
         }
     )
-
-
-def rfc3339(seconds: float) -> str:
-    """Unix seconds as the API writes times."""
-    return datetime.datetime.fromtimestamp(int(seconds), datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class LogSink:

@@ -15,7 +15,7 @@ WORKER_KINDS: dict[str, tuple[Kind, ...]] = {
     "cni": ("nodes",),
     "firewall": ("nodes", "pods", "services", "networkpolicies", "namespaces"),
     "proxy": ("services", "endpointslices", "pods"),
-    "loadbalancer": ("services",),
+    "loadbalancer": ("nodes", "services"),
 }
 """What each worker reads. A kind that nobody reads is not listed, so it needs no RBAC and costs no memory."""
 

@@ -16,7 +16,8 @@ from urllib3.exceptions import HTTPError
 
 from kube_router.ipc.messages import Kind, Projection
 from kube_router.workers.kubeapi.apiserver import ApiError, ApiServer
-from kube_router.workers.watcher.events import PostError, Telling, event_body, event_namespace, rfc3339
+from kube_router.workers.kubeapi.times import rfc3339
+from kube_router.workers.watcher.events import PostError, Telling, event_body, event_namespace
 from kube_router.workers.watcher.kinds import RESOURCES
 from kube_router.workers.watcher.listwatch import KindWatcher, Tuning
 from kube_router.workers.watcher.source import Feed

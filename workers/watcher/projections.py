@@ -173,6 +173,7 @@ def project_service(item: ServiceObject) -> Service:
         external_traffic_policy=spec.external_traffic_policy or "",
         health_check_node_port=spec.health_check_node_port or 0,
         load_balancer_class=spec.load_balancer_class,
+        load_balancer_ip=spec.load_balancer_ip or "",
         load_balancer_source_ranges=tuple(spec.load_balancer_source_ranges or ()),
         publish_not_ready_addresses=spec.publish_not_ready_addresses or False,
         traffic_distribution=spec.traffic_distribution or "",
