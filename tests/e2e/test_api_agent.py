@@ -14,14 +14,17 @@ from typing import Any
 
 import pytest
 from lab.cluster import wait_until
-from support.apiserver import ApiServer
+from support.apiserver import ALLOCATE, ApiServer
 from support.namespaces import Namespace, namespaces, veth
 
 TOKEN = "agent-token-for-tests"
 USER = "kube-router"
 RULES = [
     {"apiGroups": [""], "resources": ["nodes"], "verbs": ["list", "watch", "get"]},
+    {"apiGroups": [""], "resources": ["services"], "verbs": ["list", "watch"]},
+    {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["list", "watch"]},
     {"apiGroups": ["", "events.k8s.io"], "resources": ["events"], "verbs": ["create", "patch", "update"]},
+    *ALLOCATE,
 ]
 BIN = Path(sys.executable).parent
 
@@ -72,8 +75,16 @@ class Agent:
             "--enable-overlay=false",
             "--enable-ipv6",
             "--service-cluster-ip-range=10.96.0.0/12,fd00:10:96::/112",
+            "--run-loadbalancer",
+            "--loadbalancer-ip-range=192.0.2.0/28,2001:db8:5::/124",
         ]
-        environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "KUBE_ROUTER_CNI_CONF_FILE": str(self.conf)}
+        pod = {"POD_NAME": "kube-router-alpha", "POD_NAMESPACE": "kube-system"}
+        environment = {
+            **os.environ,
+            **pod,
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "KUBE_ROUTER_CNI_CONF_FILE": str(self.conf),
+        }
         with (self.folder / "agent.log").open("ab") as log:
             self.process = subprocess.Popen(
                 ["ip", "netns", "exec", self.namespace.name, *command], stdout=log, stderr=log, env=environment
@@ -160,6 +171,37 @@ def test_the_own_nodes_deprecated_annotation_becomes_an_event(agent: Agent) -> N
     agent.server.apply(
         {**node("alpha", 1), "metadata": {"name": "alpha", "annotations": {"kube-router.io/pod-cidr": None}}}
     )
+
+
+def test_a_service_gets_its_addresses_and_keeps_them_when_the_allocator_is_killed(agent: Agent) -> None:
+    def web(name: str) -> dict[str, Any]:
+        spec = {"type": "LoadBalancer", "ipFamilyPolicy": "RequireDualStack", "ports": [{"port": 80}]}
+        return {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": name, "namespace": "default"},
+            "spec": spec,
+        }
+
+    def addresses(name: str) -> list[str]:
+        _, answer = agent.server.request("GET", f"/api/v1/namespaces/default/services/{name}")
+        return [entry["ip"] for entry in answer["status"]["loadBalancer"].get("ingress", [])]
+
+    def pid() -> int:
+        found = (worker for worker in agent.status().get("workers", []) if worker["name"] == "loadbalancer")
+        return next((worker["pid"] for worker in found if worker["state"] == "RUNNING"), 0)
+
+    agent.server.apply(web("one"))
+    assert wait_until(lambda: len(addresses("one")) == 2, 40), agent.log[-4000:]
+    given, before = addresses("one"), pid()
+    os.kill(before, signal.SIGKILL)
+    agent.server.apply(web("two"))
+    assert wait_until(lambda: pid() not in (0, before), 20), agent.status()
+    assert wait_until(lambda: len(addresses("two")) == 2, 40), agent.log[-4000:]
+    assert addresses("one") == given
+    assert not set(addresses("two")) & set(given)
+    for name in ("one", "two"):
+        agent.server.delete(web(name))
 
 
 def test_a_cut_api_changes_nothing_and_is_told_but_never_unhealthy(agent: Agent) -> None:
