@@ -60,14 +60,13 @@ class Leaving:
 
 def _leave(family: Family, rules: Rules, sets: Destroyer) -> int:
     """Accepts, masquerading, then the sets that it names; returns the writes. Raises IptablesError and SetError."""
-    writes = 0
-    for chain, plan_without in (
-        (FORWARD, lambda actual: plan_forward(family, actual, ())),
-        (POSTROUTING, lambda actual: plan_egress(family, actual, None)),
-    ):
-        plan = plan_without(rules.observe(family, *chain))
+    plans = (
+        plan_forward(family, rules.observe(family, *FORWARD), ()),
+        plan_egress(family, rules.observe(family, *POSTROUTING), None),
+    )
+    for plan in plans:
         rules.apply(plan)
-        writes += len(plan)
+    writes = sum(map(len, plans))
     return writes + sum(_destroy(sets, spec) for spec in set_specs(family))
 
 
