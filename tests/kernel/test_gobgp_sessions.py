@@ -7,90 +7,40 @@ timer), so tests are few and each goes through a whole story.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+import json
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.bgp import node
-from support.gobgpd import BINARIES, PORT, Daemon, Outsider, Speaker, daemons, segment, wait_for
-from support.namespaces import Namespace, namespaces
+from support.bgplab import (
+    FROM,
+    OUTSIDE,
+    OUTSIDE_ASN,
+    UP_SECONDS,
+    A,
+    B,
+    C,
+    Lab,
+    annotated,
+    learned,
+    open_lab,
+    outsider_state,
+    settings_of,
+)
+from support.gobgpd import BINARIES, PORT, TOOLS, Speaker, wait_for
 
-from kube_router.ipc.messages import Node
-from kube_router.workers.model import Family
-from kube_router.workers.router.bgpstate import OPEN, BgpState, Neighbor
-from kube_router.workers.router.bgpstate import Speaker as BgpSpeaker
-from kube_router.workers.settings import Secrets, Settings
-
-UP_SECONDS = 25.0
-DUAL = (Family.IPV4, Family.IPV6)
-A = node("a", ["10.0.0.1", "2001:db8::1"], ["10.244.1.0/24", "fd00:1::/64"])
-B = node("b", ["10.0.0.2", "2001:db8::2"], ["10.244.2.0/24", "fd00:2::/64"])
-C = node("c", ["10.0.0.3", "2001:db8::3"], ["10.244.3.0/24", "fd00:3::/64"])
-FROM = {
-    item.name: {item.pod_cidrs[0]: item.addresses[0].address, item.pod_cidrs[1]: item.addresses[1].address}
-    for item in (A, B, C)
-}
-OUTSIDE = "10.0.0.9"
-OUTSIDE_ASN = 65000
-
-
-def annotated(item: Node, annotations: dict[str, str]) -> Node:
-    return node(item.name, [entry.address for entry in item.addresses], item.pod_cidrs, annotations)
-
-
-def outsider_state(*, asn: int = OUTSIDE_ASN, password: str = "", paths: dict[str, str] | None = None) -> BgpState:
-    return BgpState(
-        speaker=BgpSpeaker(asn, OUTSIDE, PORT, frozenset({OUTSIDE, "2001:db8::9"})),
-        export=OPEN,
-        import_=OPEN,
-        neighbors={"10.0.0.1": Neighbor("10.0.0.1", 64512, OUTSIDE, PORT, DUAL, password=password)},
-        paths=paths or {},
-    )
-
-
-@dataclass
-class Lab:
-    """Nodes a, b, c and a place for an outsider on one segment, with a generation of gobgpd."""
-
-    places: dict[str, Namespace]
-    generation: int
-    folder: Path
-    stack: ExitStack
-
-    def daemon(self, name: str, generation: int | None = None) -> Daemon:
-        place = (self.places[name], generation or self.generation, self.folder / name)
-        return self.stack.enter_context(daemons(place))[0]
-
-    def speaker(
-        self, name: str, generation: int | None = None, secrets: Secrets | None = None, **flags: object
-    ) -> Speaker:
-        daemon = self.daemon(name, generation)
-        values = {"run_dir": str(daemon.run_dir), "state_dir": str(daemon.run_dir), "node_name": name}
-        values |= {"enable_ipv6": True, "bgp_port": PORT, **flags}
-        speaker = Speaker(daemon, name, Settings(**values), secrets)  # type: ignore[arg-type]
-        self.stack.callback(speaker.close)
-        return speaker
-
-    def outsider(self, state: BgpState) -> Outsider:
-        outsider = Outsider(self.daemon("outside"), state)
-        self.stack.callback(outsider.close)
-        return outsider
+from kube_router.workers.router.bgpstate import Bfd
+from kube_router.workers.settings import Settings
 
 
 @pytest.fixture(params=BINARIES, ids=lambda generation: f"gobgpd{generation}")
 def lab(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lab]:
-    with namespaces(5) as (hub, a, b, c, outside), ExitStack() as stack:
-        numbers = ((a, 1), (b, 2), (c, 3), (outside, 9))
-        segment(hub, *((member, (f"10.0.0.{number}/24", f"2001:db8::{number}/64")) for member, number in numbers))
-        yield Lab({"a": a, "b": b, "c": c, "outside": outside}, request.param, tmp_path, stack)
-
-
-def learned(speaker: Speaker, *names: str) -> Callable[[], bool]:
-    wanted = {prefix: hop for name in names for prefix, hop in FROM[name].items()}
-    return lambda: dict(speaker.bgp.learned) == wanted and speaker.settled
+    with open_lab(request.param, tmp_path) as opened:
+        yield opened
 
 
 def test_nodes_learn_each_others_pod_routes_and_follow_the_cluster(lab: Lab) -> None:
@@ -225,10 +175,6 @@ def test_pod_cidrs_are_hidden_shown_and_hidden_again_without_touching_the_sessio
     assert a.daemon.starts == 1
 
 
-def settings_of(speaker: Speaker) -> dict[str, Any]:
-    return {name: getattr(speaker.settings, name) for name in speaker.settings.__struct_fields__}
-
-
 def test_a_password_holds_and_leaves_nothing_behind(lab: Lab) -> None:
     secret = "tr0ub4dor"
     outside = lab.outsider(outsider_state(password=secret))
@@ -321,3 +267,82 @@ def test_both_generations_in_one_cluster(lab: Lab) -> None:
     for speaker in (a, b):
         speaker.see(A, B)
     wait_for(lambda: learned(a, "b")() and learned(b, "a")(), UP_SECONDS, "a and b learn", a, b)
+
+
+def test_a_reflector_passes_its_clients_routes_on_and_roles_change_live(lab: Lab) -> None:
+    server, one, two = (
+        annotated(item, {key: "42"}) for item, key in ((A, "rr.server"), (B, "rr.client"), (C, "rr.client"))
+    )
+    a, b, c = (lab.speaker(name) for name in "abc")
+    for speaker in (a, b, c):
+        assert speaker.see(server, one, two).warnings == ()
+    wait_for(
+        lambda: learned(a, "b", "c")() and learned(b, "a", "c")() and learned(c, "a", "b")(),
+        UP_SECONDS,
+        "everybody has all routes",
+        a,
+        b,
+        c,
+    )
+    assert (set(b.states()), set(c.states())) == ({"10.0.0.1"}, {"10.0.0.1"})
+
+    # c is no client any more: only its own session is begun anew.
+    b.bgp.take_changed()
+    began = session(a, "10.0.0.2")
+    for speaker in (a, b, c):
+        speaker.see(server, one, C)
+    wait_for(lambda: learned(c, "a", "b")() and learned(b, "a", "c")(), UP_SECONDS, "c comes back", a, b, c)
+    assert b.bgp.take_changed() <= FROM["c"].keys()
+    assert session(a, "10.0.0.2") == began
+
+
+def test_limit_hold_time_and_bfd_change_without_a_new_session(lab: Lab) -> None:
+    outside = lab.outsider(outsider_state(paths={"198.51.100.0/24": OUTSIDE}))
+    entry = f"remoteip: {OUTSIDE}, remoteasn: {OUTSIDE_ASN}, port: {PORT}"
+    a = lab.speaker("a", bgp_graceful_restart=True)
+    a.see(annotated(A, {"peers": f"- {{{entry}}}"}))
+    wait_for(lambda: outside.routes() == FROM["a"] and a.settled, UP_SECONDS, "session", a, outside)
+    assert any("does not offer graceful restart" in line for line in a.outcome.warnings)
+    began = session(a, OUTSIDE)
+    wanted = annotated(A, {"peers": f"- {{{entry}, holdtime: 30, bfd: {{enabled: true}}}}"})
+    a.settings = Settings(**{**settings_of(a), "bgp_max_prefixes": 7})
+    a.restart()
+    outcome = a.see(wanted)
+    assert (a.writes, outcome.failures) == (1, ())
+    told = [line for line in outcome.warnings if "BFD" in line]
+    assert told == (
+        [f"peer {OUTSIDE}: gobgpd 3 has no BFD (4.5 has); the session runs without it"] if lab.generation == 3 else []
+    )
+    a.reconcile(compare=True, observe=True)
+    assert a.writes == 1, "what is read back is what was asked for"
+    assert session(a, OUTSIDE) == began
+    assert outside.established("10.0.0.1") and outside.routes() == FROM["a"]
+
+
+def session(speaker: Speaker, address: str) -> str:
+    """The TCP connection of a session, by its two ends: another one is another session."""
+    found = speaker.daemon.namespace.run(f"ss -Htn state established dst {address}")
+    assert len(found.splitlines()) == 1, found
+    return " ".join(found.split()[2:])
+
+
+@pytest.mark.parametrize("lab", [4], indirect=True, ids=["gobgpd4"])
+def test_bfd_notices_a_dead_path_long_before_the_hold_time(lab: Lab) -> None:
+    bfd = Bfd(send_milliseconds=100, receive_milliseconds=100)
+    state = outsider_state()
+    neighbor = replace(state.neighbors["10.0.0.1"], bfd=bfd)
+    outside = lab.outsider(replace(state, neighbors={"10.0.0.1": neighbor}))
+    keys = "enabled: true, desired_min_tx_interval: 100, required_min_rx_interval: 100"
+    entry = f"remoteip: {OUTSIDE}, remoteasn: {OUTSIDE_ASN}, port: {PORT}, bfd: {{{keys}}}"
+    a = lab.speaker("a")
+    assert a.see(annotated(A, {"peers": f"- {{{entry}}}"})).warnings == ()
+    wait_for(lambda: outside.routes() == FROM["a"] and a.settled, UP_SECONDS, "session", a, outside)
+    wait_for(lambda: bfd_is_up(a), 5, "BFD is up: without it only the hold time of 90 s would tell", a)
+    lab.places["outside"].run("ip link set eth0 down")
+    wait_for(lambda: a.states()[OUTSIDE] != "established", 5, "a dead path is noticed", a)
+
+
+def bfd_is_up(speaker: Speaker) -> bool:
+    question = [str(TOOLS / "gobgp"), "--target", f"unix://{speaker.daemon.socket}", "neighbor", OUTSIDE, "-j"]
+    reply = json.loads(subprocess.run(question, capture_output=True, check=True).stdout)
+    return bool(reply["state"]["bfd_state"].get("session_state") == 1)  # UP in gobgp 4's api.BfdSessionState
