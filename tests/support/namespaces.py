@@ -80,6 +80,17 @@ def create() -> Namespace:
     return namespace
 
 
+def create_all(count: int) -> list[Namespace]:
+    """As many new namespaces by two processes: where starting one takes long."""
+    made = [Namespace(f"krt-{os.getpid()}-{next(_numbers)}") for _ in range(count)]
+    commands = [*(f"netns add {one.name}" for one in made)]
+    subprocess.run(["ip", "-batch", "-"], input="\n".join(commands), text=True, check=True)
+    for namespace in made:
+        with namespace.enter():
+            subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    return made
+
+
 @contextlib.contextmanager
 def namespaces(count: int = 1) -> Iterator[tuple[Namespace, ...]]:
     """``count`` new namespaces, deleted at the end of the block whatever happens in it."""
