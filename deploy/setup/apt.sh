@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Install the Debian packages that the demo (apt.sh demo) or the tests (apt.sh test) need; nothing when all are there.
 #
-# No daemon is started and none is left to start at boot: bird, etcd and gobgpd are run by the lab and the tests only, in
-# namespaces of their own. The kernel is for a virtual machine (tests/vm): no boot loader comes with it.
+# No daemon is started and none is left to start at boot: bird, etcd, gobgpd and others are run by the lab and
+# the tests only, in namespaces of their own. The kernel is for a virtual machine (tests/vm): no boot loader comes with it.
 set -euo pipefail
 
 demo=(python3 python3-venv python3-dev gcc libc6-dev iproute2 iptables ipset nftables conntrack iputils-ping kmod procps
     util-linux ca-certificates gobgpd containernetworking-plugins bird2)
-tests=(etcd-server openssl tcpdump git qemu-system-x86 busybox-static linux-image-amd64)
-units=(bird.service gobgpd.service etcd.service)
+tests=(etcd-server openssl tcpdump git frr exabgp qemu-system-x86 busybox-static linux-image-amd64)
+units=(bird.service gobgpd.service etcd.service frr.service exabgp.service)
 
 case "${1:-}" in
     demo) wanted=("${demo[@]}") ;;

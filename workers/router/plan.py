@@ -125,14 +125,14 @@ class RemovePath:
 class Retract:
     """Make peers forget what a tighter policy now denies them.
 
-    ``paths``: (prefix, next hop) of paths that originate here; ``learned``: those of ``addresses`` whose learned routes
-    are concerned as well. gobgpd 4.6 and newer withdraws on a soft reset of the peer. Generation 3 never does: there,
-    the paths are withdrawn from all and originated again, and the sessions in ``learned`` begin anew.
+    ``paths``: (prefix, next hop) of paths that originate here; ``learned``: the peers among ``addresses`` whose learned
+    routes are concerned as well. gobgpd 4.6 and newer withdraws on a soft reset of the peer. Generation 3 never does:
+    there, the paths are withdrawn from all and originated again, and the sessions with ``learned`` begin anew.
     """
 
     addresses: tuple[str, ...]
     paths: tuple[tuple[str, str], ...] = ()
-    learned: tuple[str, ...] = ()
+    learned: tuple[Neighbor, ...] = ()
 
     def __str__(self) -> str:
         what = [prefix for prefix, _ in self.paths] + (["learned routes"] if self.learned else [])
@@ -324,9 +324,8 @@ def _policy_effects(actual: BgpState, desired: BgpState, learned: Container[str]
     """What must be withdrawn, sent or judged again: gobgpd applies a changed policy to later updates only."""
     found = effects(actual, desired, learned)
     if found.forget:
-        yield Retract(
-            found.forget, tuple((prefix, desired.paths[prefix]) for prefix in found.withdraw), found.forget_learned
-        )
+        paths = tuple((prefix, desired.paths[prefix]) for prefix in found.withdraw)
+        yield Retract(found.forget, paths, tuple(desired.neighbors[address] for address in found.forget_learned))
     for address in found.send:
         yield SendAgain(address)
     for address in found.judge:

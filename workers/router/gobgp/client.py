@@ -324,12 +324,14 @@ class Client:
             for address in step.addresses:
                 self._soft_reset(address, self._messages.RESET_OUT)
             return
-        for prefix, next_hop in step.paths:
-            self._delete_path(prefix, next_hop)
-        if step.paths:
+        if len(step.addresses) > len(step.learned) and step.paths:
+            for prefix, next_hop in step.paths:
+                self._delete_path(prefix, next_hop)
             self._add_paths(step.paths)
-        for address in step.learned:
-            self._call("ResetPeer", self._messages.ResetPeerRequest(address=address))
+        for neighbor in step.learned:
+            # A hard reset would do, but leaves the peer idle for 30 s.
+            self._delete_peer(neighbor)
+            self._add_peer(neighbor)
 
     def _soft_reset(self, address: str, direction: int) -> None:
         request = self._messages.ResetPeerRequest(address=address, soft=True, direction=direction)
