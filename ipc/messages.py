@@ -332,7 +332,14 @@ class Component(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Session(msgspec.Struct, frozen=True, kw_only=True):
-    """One BGP session, for status and for ``kube_router_bgp_peer_info``."""
+    """One BGP session, for status and metrics.
+
+    ``received``, ``accepted``, ``advertised``: numbers of prefixes; the last is None until it has been asked for.
+    ``since``: when it came up, or if it is down, when it went down; seconds since the Unix epoch, None if it never was
+    up. ``last_error``: why it last ended or cannot begin, empty if that is not known. ``flaps``: how often it has ended
+    since this worker's start. ``graceful_restart``: ``offered`` by this side, ``ready`` on both, ``restarting`` while
+    the peer's routes are kept for it, empty without.
+    """
 
     address: str
     asn: int
@@ -340,6 +347,12 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     state: str
     received: int = 0
     accepted: int = 0
+    advertised: int | None = None
+    since: float | None = None
+    last_error: str = ""
+    families: tuple[str, ...] = ()
+    flaps: int = 0
+    graceful_restart: str = ""
 
 
 class Heartbeat(Message, frozen=True, kw_only=True, tag=True):

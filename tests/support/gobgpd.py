@@ -216,10 +216,7 @@ class Outsider:
 
     def established(self, address: str) -> bool:
         """Whether its session with ``address`` is up."""
-        return any(
-            session.address == address and session.state == "established"
-            for session in self.client.sessions(self.state.speaker.asn if self.state.speaker else 0)
-        )
+        return any(peer.status.established for peer in self.client.peers(address))
 
     def close(self) -> None:
         """Let go of the daemon, which goes on."""

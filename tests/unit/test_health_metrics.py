@@ -21,7 +21,7 @@ TABLE = ProcessTable(
 
 
 def beat(**fields: Any) -> Heartbeat:
-    return Heartbeat(worker="router", pid=1, started=0.0, sent=1.0, **fields)
+    return Heartbeat(**{"worker": "router", "pid": 1, "started": 0.0, "sent": 1.0, **fields})
 
 
 def read(text: str) -> dict[str, Metric]:
@@ -86,6 +86,38 @@ def test_names_types_and_values() -> None:
         ]
     assert found[prefix + "worker_writes"].samples[0].value == 9
     assert found[prefix + "worker_syncs"].samples[0].value == 4
+
+
+def test_a_session_in_numbers() -> None:
+    up = Session(
+        address="10.0.0.2",
+        asn=1,
+        type="external",
+        state="established",
+        received=5,
+        accepted=4,
+        advertised=3,
+        since=40.5,
+    )
+    down = Session(address="10.0.0.3", asn=1, type="external", state="active", since=90.0, flaps=2)
+    found = exposition(beat(sent=100.0, sessions=(up, down)))
+    values = {
+        name: [(sample.labels["address"], sample.value) for sample in found[f"kube_router_bgp_peer_{name}"].samples]
+        for name in ("prefixes_received", "prefixes_accepted", "prefixes_advertised", "uptime_seconds", "flaps")
+    }
+    assert values == {
+        "prefixes_received": [("10.0.0.2", 5), ("10.0.0.3", 0)],
+        "prefixes_accepted": [("10.0.0.2", 4), ("10.0.0.3", 0)],
+        "prefixes_advertised": [("10.0.0.2", 3)],
+        "uptime_seconds": [("10.0.0.2", 59.5), ("10.0.0.3", 0)],
+        "flaps": [("10.0.0.2", 0), ("10.0.0.3", 2)],
+    }
+
+
+def test_a_session_that_is_gone_or_in_another_state_leaves_no_series() -> None:
+    session = Session(address="fd00::1", asn=64512, type="internal", state="established")
+    assert len(exposition(beat(sessions=(session,)))["kube_router_bgp_peer_info"].samples) == 1
+    assert "kube_router_bgp_peer_info" not in exposition(beat())
 
 
 def test_counters_keep_upstream_s_names_which_have_no_total() -> None:

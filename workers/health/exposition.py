@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-from kube_router.ipc.messages import Heartbeat
+from kube_router.ipc.messages import Heartbeat, Session
 from kube_router.workers.health.processes import ProcessTable
 
 PREFIX = "kube_router_"
@@ -22,6 +22,11 @@ MOST_HISTOGRAMS = 500
 HELP = {
     "build_info": "Version of kube-router, and of what runs it",
     "bgp_peer_info": "One for each BGP session: its address, kind, AS number and state",
+    "bgp_peer_flaps_total": "How often a session has ended since the router worker's start",
+    "bgp_peer_prefixes_accepted": "Prefixes of a peer without AS loop; the import policy comes after that",
+    "bgp_peer_prefixes_advertised": "Prefixes announced to a peer",
+    "bgp_peer_prefixes_received": "Prefixes that a peer announces",
+    "bgp_peer_uptime_seconds": "Seconds since a session was established, 0 if it is not",
     "controller_bgp_advertisements_received": "Best-path events received",
     "controller_bgp_advertisements_sent": "Paths advertised or withdrawn",
     "controller_bgp_internal_peers_sync_time": "Seconds for a sync of the internal peers",
@@ -210,5 +215,19 @@ def _add_worker(families: Families, beat: Heartbeat) -> None:
     for series, value in beat.counters.items():
         families.add("counter", series, value)
     for session in beat.sessions:
-        labels = {"address": session.address, "type": session.type, "asn": str(session.asn), "state": session.state}
-        families.add("gauge", "bgp_peer_info", 1, **labels)
+        _add_session(families, session, beat.sent)
+
+
+def _add_session(families: Families, session: Session, now: float) -> None:
+    address = session.address
+    labels = {"address": address, "type": session.type, "asn": str(session.asn), "state": session.state}
+    families.add("gauge", "bgp_peer_info", 1, **labels)
+    families.add("gauge", "bgp_peer_prefixes_received", session.received, address=address)
+    families.add("gauge", "bgp_peer_prefixes_accepted", session.accepted, address=address)
+    if session.advertised is not None:
+        families.add("gauge", "bgp_peer_prefixes_advertised", session.advertised, address=address)
+    up = session.state == "established" and session.since is not None
+    families.add(
+        "gauge", "bgp_peer_uptime_seconds", max(0.0, now - (session.since or 0.0)) if up else 0, address=address
+    )
+    families.add("counter", "bgp_peer_flaps_total", session.flaps, address=address)

@@ -141,7 +141,7 @@ class Bgp:
             self._heard_at = now
         self._note_progress(taken, now)
         if taken.peers or taken.table:
-            self._sessions.changed(routes_only=not taken.peers)
+            self._sessions.heard(taken.peers)
         if taken.broken is not None:
             log.warning("gobgpd is gone (%s); learned routes stay", taken.broken)
             self._detach()
@@ -168,7 +168,6 @@ class Bgp:
         if quiet or now >= self._young_until:
             self._settled = True
             self._rib.confirmed()
-            self._sessions.changed()
 
     def _attach(self, work: _Work) -> bool:
         """Connect unless connected; False when gobgpd is not there."""
@@ -287,7 +286,6 @@ class Bgp:
         self._failures = self._refuse_loop(plan, actual) or self._apply(client, plan, wanted.policies, work)
         if plan.steps:
             work.observations["controller_bgp_internal_peers_sync_time"] = (self._clock.monotonic() - began,)
-            self._sessions.changed()
         self._asn = wanted.speaker.asn if wanted.speaker is not None else 0
         replaced = any(isinstance(step, ReplaceDaemon) for step in plan.steps)
         self._believed = None if self._failures or replaced or wanted.speaker is None else wanted
@@ -333,8 +331,8 @@ class Bgp:
             self._settled = False
         done, failures = client.apply(plan)
         work.writes += done
-        if not failures:
-            self._sessions.applied(plan)
+        if plan.steps:
+            self._sessions.applied(plan, failed=bool(failures))
         for kind, number in _advertisements(plan, policies).items():
             work.counters[f'controller_bgp_advertisements_sent{{type="{kind}"}}'] = number
         return failures
@@ -352,9 +350,8 @@ class Bgp:
             work.retries.append(EMPTY_TABLE_SECONDS)
 
     def _outcome(self, own: NodeFacts, work: _Work) -> Outcome:
-        if self._received:
-            work.counters["controller_bgp_advertisements_received"] = self._received
-            self._received = 0
+        work.counters["controller_bgp_advertisements_received"] = self._received
+        self._received = 0
         problems = self._desired.problems if self._desired is not None else ()
         notices = [
             Notice(worker="router", kind="Node", name=own.name, uid=own.uid, reason=problem.reason, text=problem.text)

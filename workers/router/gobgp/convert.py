@@ -10,7 +10,6 @@ import ipaddress
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
-from kube_router.ipc.messages import Session
 from kube_router.workers.model import Family, IPAddress, IPNetwork
 from kube_router.workers.router import names
 from kube_router.workers.router.bgpstate import (
@@ -30,7 +29,6 @@ FAMILY_OF_AFI = {1: Family.IPV4, 2: Family.IPV6}
 UNICAST = 1
 LOCAL_ORIGIN = ("", "<nil>")
 """What a path of our own has for its neighbour: empty in generation 4, a printed nil in generation 3."""
-SESSION_STATES = ("unspecified", "idle", "connect", "active", "opensent", "openconfirm", "established")
 
 
 class Dialect(Protocol):
@@ -86,20 +84,6 @@ def speaker_of(message: Any) -> Speaker | None:
         router_id=message.router_id,
         listen_port=message.listen_port,
         listen_addresses=frozenset(address_text(text) for text in message.listen_addresses),
-    )
-
-
-def session_of(peer: Any, own_asn: int) -> Session:
-    """How a session stands. Where any AS number is taken, it is the peer's once it has told it, and ours before."""
-    asn = peer.conf.peer_asn or peer.state.peer_asn or own_asn
-    state = peer.state.session_state
-    return Session(
-        address=address_text(peer.conf.neighbor_address or peer.state.neighbor_address),
-        asn=asn,
-        type="internal" if peer.conf.peer_asn in (0, own_asn) else "external",
-        state=SESSION_STATES[state] if state < len(SESSION_STATES) else SESSION_STATES[0],
-        received=sum(entry.state.received for entry in peer.afi_safis),
-        accepted=sum(entry.state.accepted for entry in peer.afi_safis),
     )
 
 

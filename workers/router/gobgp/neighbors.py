@@ -11,6 +11,7 @@ from typing import Any
 from kube_router.workers.model import Family
 from kube_router.workers.router.bgpstate import Bfd, GracefulRestart, Neighbor
 from kube_router.workers.router.gobgp.convert import FAMILY_OF_AFI, UNICAST, Dialect, address_text, family_message
+from kube_router.workers.router.sessionbook import SESSION_STATES, PeerReport
 from kube_router.workers.router.sessions import PeerStatus
 
 CONNECT_RETRY_SECONDS = 5
@@ -146,6 +147,33 @@ def status_of(dialect: Dialect, peer: Any) -> PeerStatus:
             for entry in peer.afi_safis
         ),
     )
+
+
+def report_of(dialect: Dialect, peer: Any, *, counted: bool) -> PeerReport:
+    """How a listed peer stands, in numbers too; ``counted``: those of announced prefixes were asked for."""
+    number, messages = peer.state.session_state, peer.state.messages
+    unicast = {entry.config.family.afi for entry in peer.afi_safis if entry.config.enabled}
+    return PeerReport(
+        status=status_of(dialect, peer),
+        state=SESSION_STATES[number] if number < len(SESSION_STATES) else SESSION_STATES[0],
+        configured_asn=peer.conf.peer_asn,
+        asn=peer.state.peer_asn,
+        families=tuple(sorted(FAMILY_OF_AFI[afi] for afi in unicast if afi in FAMILY_OF_AFI)),
+        received=sum(entry.state.received for entry in peer.afi_safis),
+        accepted=sum(entry.state.accepted for entry in peer.afi_safis),
+        advertised=sum(entry.state.advertised for entry in peer.afi_safis) if counted else None,
+        established_at=float(peer.timers.state.uptime.seconds),
+        notifications_received=messages.received.notification,
+        notifications_sent=messages.sent.notification,
+        messages=messages.received.total + messages.sent.total,
+        graceful_restart=peer.graceful_restart.enabled,
+        peer_restarting=peer.graceful_restart.peer_restarting,
+    )
+
+
+def event_address(event: Any) -> str:
+    """The address of the peer that an event is about."""
+    return address_text(event.peer.state.neighbor_address)
 
 
 def _offered_families(offered: Sequence[tuple[str, Any]]) -> Iterator[Family]:

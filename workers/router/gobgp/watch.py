@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc
 
-from kube_router.workers.router.gobgp import convert
+from kube_router.workers.router.gobgp import convert, neighbors
 from kube_router.workers.router.gobgp.client import Client
 from kube_router.workers.router.gobgp.convert import Dialect
 from kube_router.workers.router.rib import RouteEvent
@@ -27,13 +27,14 @@ class Taken:
     """What came since the last `Watch.take`; of several events of one prefix the last.
 
     ``events`` counts them all. ``table``: a table message was among it; ``end_of_init``: the end of the peers' states.
+    ``peers``: whose state has changed.
     """
 
     routes: dict[str, RouteEvent] = field(default_factory=dict)
     events: int = 0
     table: bool = False
     end_of_init: bool = False
-    peers: bool = False
+    peers: set[str] = field(default_factory=set)
     broken: str | None = None
 
 
@@ -93,7 +94,7 @@ class Watch:
             if event.type == self._dialect.messages.PEER_END_OF_INIT:
                 self._taken.end_of_init = True
             else:
-                self._taken.peers = True
+                self._taken.peers.add(neighbors.event_address(event))
             self._signal()
 
     def _signal(self) -> None:
