@@ -78,6 +78,7 @@ class Channel:
     """One end of a socket. An item for `Poller.wait`: ready when there is something to receive.
 
     ``dropped`` counts what was lost here: what came in and is no message of ours, and what could not go out at once.
+    ``views``: what is kept of the objects that come in.
     """
 
     name: ClassVar[str]
@@ -91,6 +92,7 @@ class Channel:
     def __init__(self, directory: Path | str | None = None) -> None:
         """Bind or connect in ``directory``, or in the working directory, which must then stay where it is."""
         self.dropped = 0
+        self.views: Mapping[Kind, codec.View] = codec.NO_VIEWS
         self._complained: set[str] = set()
         self._directory: int | None = None
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(self.pattern)
@@ -175,7 +177,7 @@ class Channel:
     def _decode(self, payload: bytes, wanted: type[T]) -> T | None:
         """The message in a frame, or None after counting what is wrong with it."""
         try:
-            message = codec.decode(payload)
+            message = codec.decode(payload, self.views)
         except BadMessage as error:
             about = str(error) if error.reason == "version" else error.reason
             self.drop(str(error), about=about)

@@ -7,7 +7,7 @@ Pure: bytes in, messages out. `decode` takes bytes from anywhere: whatever is no
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NoReturn
 
@@ -116,16 +116,22 @@ def _assemble(head: dict[str, object], name: str, items: Sequence[bytes]) -> byt
     return b"".join((packer.bytes(), *items))
 
 
-def decode(data: bytes | memoryview) -> Message:
-    """The message in ``data``; raises `BadMessage`."""
+View = Callable[[Projection], Projection]
+"""What a receiver keeps of an object: name and namespace, and whatever it reads."""
+NO_VIEWS: Mapping[Kind, View] = {}
+
+
+def decode(data: bytes | memoryview, views: Mapping[Kind, View] = NO_VIEWS) -> Message:
+    """The message in ``data``, its objects as ``views`` show them; raises `BadMessage`."""
     if len(data) > MAX_BYTES:
         raise BadMessage("garbage", f"a message of {len(data)} bytes, the bound is {MAX_BYTES}")
     with _no_collection(len(data)):
-        fields = _unpack(data)
+        snapshot = bytes(data[1 : 1 + len(_SNAPSHOT)]) == _SNAPSHOT
+        fields = _unpack_snapshot(data, views) if snapshot else _unpack(data)
         cls = _type_of(fields)
         try:
             if cls is Delta:
-                return _delta(fields)
+                return _delta(fields, views)
             if cls is Snapshot:
                 return _snapshot(fields)
             return msgspec.convert(fields, cls)
@@ -134,25 +140,82 @@ def decode(data: bytes | memoryview) -> Message:
 
 
 def _unpack(data: bytes | memoryview) -> dict[str, Any]:
-    # A list header makes msgpack reserve room at once: an element has at least one byte, so no honest list is longer
-    # than its message. Depth is bounded by msgpack itself.
-    longest = min(MAX_ITEMS, len(data))
     try:
-        fields = msgpack.unpackb(
-            data,
-            strict_map_key=True,
-            max_str_len=MAX_STRING_BYTES,
-            max_bin_len=0,
-            max_ext_len=0,
-            max_array_len=longest,
-            max_map_len=longest,
-            ext_hook=_refuse_extension,
-        )
+        fields = msgpack.unpackb(data, **_limits(len(data)))
     except (ValueError, TypeError, RecursionError, MemoryError) as error:
         raise BadMessage("garbage", f"not msgpack: {str(error)[:200] or type(error).__name__}") from None
     if not isinstance(fields, dict):
         raise BadMessage("garbage", f"not a message: a {type(fields).__name__}")
     return fields
+
+
+def _limits(length: int) -> dict[str, Any]:
+    # A list header makes msgpack reserve room at once: an element has at least one byte, so no honest list is longer
+    # than its message. Depth is bounded by msgpack itself.
+    longest = min(MAX_ITEMS, length)
+    return {
+        "strict_map_key": True,
+        "max_str_len": MAX_STRING_BYTES,
+        "max_bin_len": 0,
+        "max_ext_len": 0,
+        "max_array_len": longest,
+        "max_map_len": longest,
+        "ext_hook": _refuse_extension,
+    }
+
+
+_SNAPSHOT = msgpack.packb("message") + msgpack.packb("Snapshot")
+"""How a snapshot begins, behind the number of its fields."""
+
+
+def _unpack_snapshot(data: bytes | memoryview, views: Mapping[Kind, View]) -> dict[str, Any]:
+    """As `_unpack`, with each object made, and cut down to its view, before the next one is looked at.
+
+    A whole cluster in the form of dictionaries takes several times the room of what is kept of it, and a process does
+    not get rid of it again: pieces of what is kept lie all over it.
+    """
+    unpacker = msgpack.Unpacker(max_buffer_size=len(data), **_limits(len(data)))
+    unpacker.feed(data)
+    fields: dict[str, Any] = {}
+    try:
+        for _ in range(unpacker.read_map_header()):
+            name = _field(unpacker)
+            fields[name] = _unpack_parts(unpacker, views) if name == "kinds" else unpacker.unpack()
+        if unpacker.tell() != len(data):
+            raise ValueError("bytes behind the message")
+    except msgspec.MsgspecError as error:
+        raise BadMessage("type", f"Snapshot: {error}") from None
+    except (ValueError, TypeError, RecursionError, MemoryError, msgpack.OutOfData) as error:
+        raise BadMessage("garbage", f"not msgpack: {str(error)[:200] or type(error).__name__}") from None
+    return fields
+
+
+def _unpack_parts(unpacker: msgpack.Unpacker, views: Mapping[Kind, View]) -> list[dict[str, Any]]:
+    parts = []
+    for _ in range(unpacker.read_array_header()):
+        part: dict[str, Any] = {}
+        for _ in range(unpacker.read_map_header()):
+            name = _field(unpacker)
+            cls = OBJECT_TYPES.get(part.get("kind")) if name == "objects" else None  # type: ignore[arg-type]
+            if cls is None:
+                part[name] = unpacker.unpack()
+                continue
+            view = views.get(part["kind"], _whole)
+            length = range(unpacker.read_array_header())
+            part[name] = tuple([view(msgspec.convert(unpacker.unpack(), cls)) for _ in length])
+        parts.append(part)
+    return parts
+
+
+def _field(unpacker: msgpack.Unpacker) -> str:
+    name = unpacker.unpack()
+    if not isinstance(name, str):
+        raise ValueError(f"{type(name).__name__} is not allowed for map key")
+    return name
+
+
+def _whole(item: Projection) -> Projection:
+    return item
 
 
 def _type_of(fields: dict[str, Any]) -> type[Message]:
@@ -168,10 +231,12 @@ def _type_of(fields: dict[str, Any]) -> type[Message]:
     return _TYPES[name]
 
 
-def _delta(fields: dict[str, Any]) -> Delta:
+def _delta(fields: dict[str, Any], views: Mapping[Kind, View]) -> Delta:
     put = fields.pop("put", [])
     delta = msgspec.convert(fields, Delta)
-    return msgspec.structs.replace(delta, put=_objects(delta.kind, put))
+    objects = _objects(delta.kind, put)
+    view = views.get(delta.kind)
+    return msgspec.structs.replace(delta, put=objects if view is None else tuple(map(view, objects)))
 
 
 def _snapshot(fields: dict[str, Any]) -> Snapshot:
@@ -191,6 +256,8 @@ def _snapshot(fields: dict[str, Any]) -> Snapshot:
 
 
 def _objects(kind: Kind, items: Any) -> tuple[Projection, ...]:
+    if isinstance(items, tuple):  # msgpack gives lists: these are objects already
+        return items
     objects: tuple[Projection, ...] = msgspec.convert(items, _OBJECT_LISTS[kind])
     return objects
 

@@ -21,6 +21,7 @@ from typing import cast
 import msgspec
 
 from kube_router.ipc.channels import Channel, DeltaReceiver, SnapshotClient
+from kube_router.ipc.codec import NO_VIEWS, View
 from kube_router.ipc.messages import (
     Beacon,
     Delta,
@@ -325,11 +326,22 @@ def _note(changes: dict[Key, Change], key: Key, old: Projection | None, new: Pro
 class Replica:
     """The cluster as one worker sees it, fed by the watcher's sockets. Not thread-safe; never blocks."""
 
-    def __init__(self, worker: str, kinds: Iterable[Kind], directory: Path | str | None = None) -> None:
-        """Connect to the sockets in ``directory`` (default: the working directory), which need not exist yet."""
+    def __init__(
+        self,
+        worker: str,
+        kinds: Iterable[Kind],
+        directory: Path | str | None = None,
+        views: Mapping[Kind, View] = NO_VIEWS,
+    ) -> None:
+        """Connect to the sockets in ``directory`` (default: the working directory), which need not exist yet.
+
+        ``views`` say by kind what this worker keeps of an object. What a view leaves out costs no memory, and a change
+        of nothing else is no change.
+        """
         self._core = ReplicaState(worker, kinds)
         self._deltas = DeltaReceiver(self._core.kinds, directory)
         self._snapshots = SnapshotClient(directory)
+        self._deltas.views = self._snapshots.views = views
 
     @property
     def sockets(self) -> tuple[Channel, ...]:

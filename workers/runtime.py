@@ -34,6 +34,7 @@ from typing import Protocol
 import msgspec
 
 from kube_router.ipc.channels import HeartbeatSender, NoticeSender, Pollable, Poller, shut_down
+from kube_router.ipc.codec import NO_VIEWS, View
 from kube_router.ipc.messages import Heartbeat, Kind
 from kube_router.ipc.replica import Changes, Cluster, Replica
 from kube_router.workers import logs
@@ -387,15 +388,15 @@ CAPABILITY_BITS = {
 """The capabilities that a worker may hold (linux/capability.h); any other is counted as "more"."""
 
 
-def run(controller: Controller, pace: Pace | None = None) -> int:
-    """Run ``controller`` until SIGTERM or SIGINT; returns the exit status of the process.
+def run(controller: Controller, pace: Pace | None = None, views: Mapping[Kind, View] = NO_VIEWS) -> int:
+    """Run ``controller`` until SIGTERM or SIGINT; returns the exit status of the process. ``views``: see `Replica`.
 
     The working directory is the run directory's ``ipc`` folder: every socket is found there by its short name.
     """
     # A signal's handler only sets a flag, and the poll goes on afterwards (PEP 475): the wake-up descriptor ends it.
     alarm, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-    replica = Replica(controller.name, controller.kinds)
+    replica = Replica(controller.name, controller.kinds, views=views)
     loop = Loop(controller, replica, HeartbeatSender(), NoticeSender(), pace=pace, alarm=alarm)
 
     def stop(signum: int, frame: object) -> None:
@@ -414,7 +415,12 @@ def run(controller: Controller, pace: Pace | None = None) -> int:
     return 0
 
 
-def main(name: str, make: Callable[[Settings], Controller], pace: Pace | None = None) -> int:
+Views = Callable[[Settings], Mapping[Kind, View]]
+
+
+def main(
+    name: str, make: Callable[[Settings], Controller], pace: Pace | None = None, views: Views | None = None
+) -> int:
     """What every worker process does: read the settings, set up its log, make its controller, `run`.
 
     A controller that cannot be made (a socket that the kernel refuses, for want of a capability) is one line in the log
@@ -427,4 +433,4 @@ def main(name: str, make: Callable[[Settings], Controller], pace: Pace | None = 
     except OSError as error:
         log.error("cannot start: %s (%s)", error, privileges())
         return 1
-    return run(controller, pace)
+    return run(controller, pace, views(settings) if views is not None else NO_VIEWS)

@@ -594,3 +594,19 @@ def test_notices_reach_the_publisher(pair: Pair) -> None:
         sender.send(NOTICE)
         got = collect(pair.publisher.notices)
         assert got == [NOTICE]
+
+
+def test_a_view_keeps_what_a_worker_reads_and_lets_it_hear_of_nothing_else(pair: Pair) -> None:
+    def short(item: Projection) -> Projection:
+        assert isinstance(item, Node)
+        return Node(name=item.name, pod_cidr=item.pod_cidr)
+
+    replica = Replica("worker", ("nodes", "pods"), pair.directory, {"nodes": short})
+    pair.replicas.append(replica)
+    pair.store.put("nodes", Node(name="b", pod_cidr="1", provider_id="x"))
+    pair.turn(lambda: "b" in replica.cluster.nodes)
+    assert replica.cluster.nodes["b"] == Node(name="b", pod_cidr="1")
+    changed = [Node(name="b", pod_cidr="1", provider_id="y"), Node(name="c", pod_cidr="2")]
+    pair.store.put("nodes", *changed)
+    pair.publisher.publish("nodes", changed, ())
+    assert pair.turn(lambda: "c" in replica.cluster.nodes) == [{"nodes": {"c": (None, Node(name="c", pod_cidr="2"))}}]

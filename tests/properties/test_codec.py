@@ -24,9 +24,11 @@ from kube_router.ipc.messages import (
     Heartbeat,
     KindSnapshot,
     Message,
+    Namespace,
     Node,
     Notice,
     Pod,
+    Projection,
     Service,
     ServicePort,
     Snapshot,
@@ -71,6 +73,29 @@ def test_a_projection_survives_the_wire(kind: Any, data: st.DataObject) -> None:
     assert isinstance(received, Snapshot)
     assert received.kinds[0].objects == (item,)
     assert type(received.kinds[0].objects[0]) is OBJECT_TYPES[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+@SLOW_STRATEGIES
+def test_a_view_is_applied_to_every_object_of_its_kind_and_to_no_other(kind: Any, data: st.DataObject) -> None:
+    items = tuple(data.draw(st.lists(structs(OBJECT_TYPES[kind]), max_size=3)))
+    other = Namespace(name="other", labels={"a": "b"}) if kind != "namespaces" else Node(name="other", pod_cidr="x")
+    parts = (
+        KindSnapshot(kind="nodes" if kind == "namespaces" else "namespaces", seq=1, objects=(other,)),
+        KindSnapshot(kind=kind, seq=2, objects=items),
+    )
+
+    def bare(item: Projection) -> Projection:
+        return OBJECT_TYPES[kind](name=item.name, namespace=item.namespace)
+
+    views = {kind: bare}
+    received = decode(encode(Snapshot(epoch="e", state=SourceState(source="s"), kinds=parts)), views)
+    assert isinstance(received, Snapshot)
+    assert [part.objects for part in received.kinds] == [(other,), tuple(map(bare, items))]
+    delta = decode(encode(Delta(epoch="e", kind=kind, seq=3, put=items)), views)
+    assert isinstance(delta, Delta) and delta.put == tuple(map(bare, items))
+    assert decode(encode(Delta(epoch="e", kind="pods", seq=3)), {"nodes": bare}) == Delta(epoch="e", kind="pods", seq=3)
 
 
 SEEDS = [
@@ -161,7 +186,28 @@ def assert_whole(message: Message) -> None:
         assert all(type(item) is OBJECT_TYPES[part.kind] for part in message.kinds for item in part.objects)
 
 
+BEGUN = b"\x82" + msgpack.packb("message") + msgpack.packb("Snapshot")
+KINDS_OF_IT = BEGUN + msgpack.packb("kinds") + b"\x91"
+OBJECTS_OF_IT = KINDS_OF_IT + b"\x82" + b"".join(map(msgpack.packb, ("kind", "nodes", "objects")))
+
 HOSTILE = {
+    "a snapshot without an end": BEGUN,
+    "a snapshot of 4 billion kinds": BEGUN + msgpack.packb("kinds") + b"\xdd\xff\xff\xff\xff",
+    "a snapshot's kinds are a map": BEGUN + msgpack.packb("kinds") + b"\x80",
+    "a snapshot's kind is a list": KINDS_OF_IT + b"\x90",
+    "a snapshot's kind is unhashable": KINDS_OF_IT
+    + b"\x82"
+    + msgpack.packb("kind")
+    + b"\x90"
+    + msgpack.packb("objects")
+    + b"\x90",
+    "a snapshot of 4 billion objects": OBJECTS_OF_IT + b"\xdd\xff\xff\xff\xff",
+    "a snapshot of a string of 4 GiB": OBJECTS_OF_IT + b"\x91\xdb\xff\xff\xff\xff",
+    "a snapshot with deep lists": OBJECTS_OF_IT + b"\x91" * 100_000 + b"\xc0",
+    "a snapshot with a number as a key": BEGUN + b"\x01\x02",
+    "a snapshot with a list as a key": BEGUN + b"\x90\x02",
+    "a snapshot with a number as a key of a kind": KINDS_OF_IT + b"\x81\x01\x02",
+    "a snapshot and more": encode(Snapshot(epoch="e", state=SourceState(source="s"), kinds=())) + b"\x07",
     "deep lists": b"\x91" * 100_000 + b"\xc0",
     "deep maps": b"\x81\xa1a" * 100_000 + b"\xc0",
     "deep in an unknown field": msgpack.packb({"protocol": PROTOCOL, "message": "StatusRequest"})[:-1]

@@ -10,6 +10,7 @@ from support import vips as support
 
 from kube_router.ipc.messages import Endpoint, EndpointSlice, IngressAddress, Service
 from kube_router.ipc.replica import Changes
+from kube_router.workers.router.views import views
 from kube_router.workers.router.vips import VipTable
 from kube_router.workers.settings import Settings
 
@@ -119,3 +120,9 @@ def test_any_order_of_events_ends_in_what_the_cluster_says(config: Settings, eve
     fresh = VipTable(config)
     assert fresh.update(support.facts(own), cluster["services"], cluster["endpointslices"], None) == table.vips
     assert fresh.lines == table.lines
+    seen: dict[Any, dict[str, Any]] = {
+        kind: {key: view(item) for key, item in cluster[kind].items()} for kind, view in views(config).items()
+    }
+    little = VipTable(config)
+    assert little.update(support.facts(own), seen["services"], seen["endpointslices"], None) == table.vips
+    assert little.lines == table.lines
