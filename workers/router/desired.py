@@ -50,14 +50,14 @@ def desired_bgp(
     ``unbindable``: addresses of `listen_addresses` on which nobody can listen; BGP listens on the others.
     """
     problems: list[Problem] = []
-    own = with_last_good(own, actual, settings.families, problems)
+    told, own = own, with_last_good(own, actual, settings.families, problems)
     if own.primary is None:
         text = f"node {own.name}: has no address; {_goes_on(actual)}"
         return DesiredBgp(actual, (*problems, Problem("MissingNodeAddress", text)))
     speaker = _speaker(own_node, own, settings, actual, unbindable, problems)
     externals = external_peers(settings, secrets, own.name, own_node.annotations)
     problems += externals.problems
-    sources = Own(own, speaker, settings, actual)
+    sources = Own(own, told, speaker, settings, actual)
     external = external_neighbors(sources, externals, nodes, problems)
     internal = internal_neighbors(sources, nodes, problems)
     internal = {address: neighbor for address, neighbor in internal.items() if address not in external}

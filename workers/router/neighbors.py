@@ -4,7 +4,9 @@ Pure: facts, flags and configured peers in, `Neighbor` by address out. A node or
 left out; the others do not suffer.
 
 Sessions between nodes (``--enable-ibgp``): every node with every other, from primary address to primary address, both
-families over the one session; with route reflectors as in ``reflectors.py``. With ``--nodes-full-mesh`` the peer's AS
+families over the one session; with route reflectors as in ``reflectors.py``. Where the primary addresses are of
+different families (a node has lost its address of one), both sides take the first family that both have. A session
+keeps a family that the other node has lost: it does no harm, and another set of families would be another session. With ``--nodes-full-mesh`` the peer's AS
 number is left open (0): every node has the cluster's, and one that is being moved to another AS number keeps its
 session meanwhile. The address already says who the peer is. Without full mesh, only nodes with the same
 ``kube-router.io/node.asn`` pair up, and the number is fixed.
@@ -34,9 +36,14 @@ Nodes pass nothing on and need not wait; reflectors do, but a peer that is away 
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """What the sessions of a node are made from."""
+    """What the sessions of a node are made from.
+
+    ``facts`` are completed by the last good state; ``told`` are as the Node object says, which is what the other nodes
+    go by.
+    """
 
     facts: NodeFacts
+    told: NodeFacts
     speaker: Speaker | None
     settings: Settings
     actual: BgpState
@@ -64,18 +71,21 @@ def internal_neighbors(own: Own, nodes: Sequence[NodeFacts], problems: list[Prob
     cluster_id = _cluster_id(own, problems)
     graceful = graceful_restart(settings, facts)
     found: dict[str, Neighbor] = {}
-    for node in _partners(facts, nodes, problems):
+    told = own.told if own.told.primary is not None else facts
+    for node, local, remote in _partners(told, nodes, problems):
         if not settings.nodes_full_mesh and node.asn != own.speaker.asn:
             continue
         if not reflectors.paired(facts, node):
             continue
         client = node.reflection is not None and not node.reflection.server
-        found[str(node.primary)] = Neighbor(
-            address=str(node.primary),
+        running = own.actual.neighbors.get(str(remote))
+        held = running.families if running is not None else ()
+        found[str(remote)] = Neighbor(
+            address=str(remote),
             asn=0 if settings.nodes_full_mesh else own.speaker.asn,
-            local_address=str(facts.primary),
+            local_address=str(local),
             remote_port=settings.bgp_port,
-            families=tuple(family for family in node.families if family in facts.families),
+            families=tuple(family for family in facts.families if family in node.families or family in held),
             cluster_id=cluster_id if client else "",
             graceful_restart=graceful,
             most_prefixes=settings.bgp_max_prefixes,
@@ -83,8 +93,10 @@ def internal_neighbors(own: Own, nodes: Sequence[NodeFacts], problems: list[Prob
     return found
 
 
-def _partners(own: NodeFacts, nodes: Iterable[NodeFacts], problems: list[Problem]) -> Iterator[NodeFacts]:
-    """The nodes that can be reached from our primary address, one for each address."""
+def _partners(
+    own: NodeFacts, nodes: Iterable[NodeFacts], problems: list[Problem]
+) -> Iterator[tuple[NodeFacts, IPAddress, IPAddress]]:
+    """The nodes that can be reached, with our address and theirs; one for each of their addresses."""
     owners: dict[IPAddress, str] = {}
     for node in nodes:
         if node.name == own.name or node.primary is None or own.primary is None:
@@ -93,11 +105,23 @@ def _partners(own: NodeFacts, nodes: Iterable[NodeFacts], problems: list[Problem
         if other != node.name:
             text = f"node {node.name}: its address {node.primary} is also {other}'s; no BGP session with {node.name}"
             problems.append(Problem("DuplicateNodeAddress", text))
-        elif node.primary.version != own.primary.version:
-            text = f"node {node.name}: primary address {node.primary} and {own.name}'s {own.primary} differ in family"
-            problems.append(Problem("NoCommonFamily", f"{text}; no BGP session between them"))
+        elif (pair := _pair(own, node)) is None:
+            text = f"node {node.name}: has addresses of no family of {own.name}'s; no BGP session between them"
+            problems.append(Problem("NoCommonFamily", text))
         else:
-            yield node
+            yield node, *pair
+
+
+def _pair(own: NodeFacts, node: NodeFacts) -> tuple[IPAddress, IPAddress] | None:
+    """Our address and the other node's that a session between them runs on; both nodes come to the same two."""
+    ours, theirs = own.primary, node.primary
+    if ours is not None and theirs is not None and ours.version == theirs.version:
+        return ours, theirs
+    for family in Family:
+        ours, theirs = own.address(family), node.address(family)
+        if ours is not None and theirs is not None:
+            return ours, theirs
+    return None
 
 
 def _cluster_id(own: Own, problems: list[Problem]) -> str:
