@@ -22,6 +22,7 @@ from support.namespaces import Namespace, namespaces
 
 from kube_router.ipc.messages import Node
 from kube_router.workers.model import Family
+from kube_router.workers.router.attributes import MOST_COMMUNITIES, MOST_LARGE_COMMUNITIES
 from kube_router.workers.router.bgpstate import OPEN, BgpState, Neighbor
 from kube_router.workers.router.bgpstate import Speaker as BgpSpeaker
 from kube_router.workers.router.vips import NO_VIPS, Vips
@@ -278,6 +279,22 @@ def test_communities_and_prepending_reach_peers_also_when_they_change(lab: Lab) 
         lambda name, _: own(name, communities=frozenset({"65000:8"}), as_path=path),
         "other communities; a bad prepend leaves the last good one",
     )
+    lab.reconfigure()
+    lab.until_held(lambda name, _: own(name), "none")
+
+
+def test_the_longest_lists_still_fit_into_a_message(lab: Lab) -> None:
+    communities = [f"65000:{number}" for number in range(MOST_COMMUNITIES + 20)]
+    large = [f"4294967295:4294967295:{number}" for number in range(MOST_LARGE_COMMUNITIES)]
+    annotations = {"node.bgp.communities": ",".join(communities), "node.bgp.large-communities": ",".join(large)}
+    lab.reconfigure({**annotations, "path-prepend.as": "4200000001", "path-prepend.repeat-n": "254"})
+    expected = {
+        "communities": frozenset(communities[:MOST_COMMUNITIES]),
+        "large": frozenset(large),
+        "as_path": (*(4200000001,) * 254, 64512),
+    }
+    lab.until_held(lambda name, _: own(name, **expected), "all that fits")
+    assert all("fit into one message" in line for speaker in lab.active for line in speaker.outcome.warnings)
     lab.reconfigure()
     lab.until_held(lambda name, _: own(name), "none")
 

@@ -18,6 +18,7 @@ from kube_router.workers.router.bgpstate import (
 )
 from kube_router.workers.router.policies import merged
 from kube_router.workers.router.verdicts import accepts, decision
+from kube_router.workers.router.vips import Vips
 
 A = node("a", ["10.0.0.1", "2001:db8::1"], ["10.244.1.0/24", "fd00:1::/64"])
 B = node("b", ["10.0.0.2", "2001:db8::2"], ["10.244.2.0/24", "fd00:2::/64"])
@@ -34,32 +35,112 @@ def imported(policies: Policies, prefix: str, neighbor: str) -> bool:
     return accepts(decision(policies, IMPORT_ASSIGNMENT, policies.import_, prefix, neighbor))
 
 
+ANNOTATED = node(
+    "a",
+    ["10.0.0.1", "2001:db8::1"],
+    ["10.244.1.0/24", "fd00:1::/64"],
+    {"node.bgp.customimportreject": "172.16.0.0/12,2001:db8:5::/48"},
+)
+REFLECTOR = node("a", ["10.0.0.1", "2001:db8::1"], ["10.244.1.0/24", "fd00:1::/64"], {"rr.server": "1"})
+CLIENT = node("b", ["10.0.0.2", "2001:db8::2"], ["10.244.2.0/24", "fd00:2::/64"], {"rr.client": "1"})
+VIPS = Vips(frozenset({"203.0.113.7", "2001:db8:99::7"}), frozenset({"203.0.113.7", "203.0.113.8", "2001:db8:99::7"}))
+PODS, PODS6 = "podcidrdefinedset", "podcidrdefinedsetv6"
+SERVICES, SERVICES6 = "servicevipsdefinedset", "servicevipsdefinedsetv6"
+
+
 def test_names_and_order_are_kube_routers() -> None:
-    policies = asking(A, B, **FLAGS).state.policies
+    policies = asking(ANNOTATED, B, vips=VIPS, **FLAGS).state.policies
     assert [statement.name for statement in policies.export] == [
-        "podcidrdefinedsetiBGPpeerset",
-        "podcidrdefinedsetv6iBGPpeerset",
-        "podcidrdefinedsetexternalpeerset",
-        "podcidrdefinedsetv6externalpeerset",
-        "podcidrdefinedsetexternalpeersetv6",
-        "podcidrdefinedsetv6externalpeersetv6",
+        *(PODS + "iBGPpeerset", PODS6 + "iBGPpeerset"),
+        *(SERVICES + "externalpeerset", SERVICES6 + "externalpeerset"),
+        *(PODS + "externalpeerset", PODS6 + "externalpeerset"),
+        *(SERVICES + "externalpeersetv6", SERVICES6 + "externalpeersetv6"),
+        *(PODS + "externalpeersetv6", PODS6 + "externalpeersetv6"),
     ]
+    kinds = (
+        "servicevips",
+        "defaultroute",
+        "customimportreject",
+        "knownservicevips",
+        "protectedranges",
+        "coveringprefixes",
+    )
     assert [statement.name for statement in policies.import_] == [
-        "defaultroutedefinedsetallpeerset",
-        "defaultroutedefinedsetv6allpeerset",
-        "protectedrangesdefinedsetallpeerset",
-        "protectedrangesdefinedsetv6allpeerset",
-        "coveringprefixesdefinedsetallpeerset",
-        "coveringprefixesdefinedsetv6allpeerset",
-        "defaultroutedefinedsetallpeersetv6",
-        "defaultroutedefinedsetv6allpeersetv6",
-        "protectedrangesdefinedsetallpeersetv6",
-        "protectedrangesdefinedsetv6allpeersetv6",
-        "coveringprefixesdefinedsetallpeersetv6",
-        "coveringprefixesdefinedsetv6allpeersetv6",
+        f"{kind}definedset{family}{peers}"
+        for peers in ("allpeerset", "allpeersetv6")
+        for kind in kinds
+        for family in ("", "v6")
     ]
     assert all(statement.accept for statement in policies.export)
     assert not any(statement.accept for statement in policies.import_)
+
+
+def test_without_members_a_set_and_its_statements_are_not_there() -> None:
+    one = node("a", ["10.0.0.1"], ["10.244.1.0/24"])
+    flags = {**FLAGS, "peer_router_ips": ("10.0.1.1",), "peer_router_asns": (65000,), "enable_ipv6": False}
+    policies = asking(one, B, vips=Vips(frozenset(), frozenset()), **flags).state.policies
+    assert [item.name for item in policies.export] == [PODS + "iBGPpeerset", PODS + "externalpeerset"]
+    assert not [item.name for item in policies.import_ if "servicevips" in item.name or "custom" in item.name]
+    alone = asking(one, enable_ipv6=False).state.policies
+    assert (alone.export, alone.import_) == ((), ())
+
+
+ROUTES = {
+    "own pod CIDR": ("10.244.1.0/24", "fd00:1::/64", ""),
+    "own Service address": ("203.0.113.7/32", "2001:db8:99::7/128", ""),
+    "own other path": ("198.51.100.0/24", "2001:db8:7::/48", ""),
+    "node's pod CIDR from a node": ("10.244.2.0/24", "fd00:2::/64", "internal"),
+    "node's pod CIDR from outside": ("10.244.2.0/24", "fd00:2::/64", "external"),
+    "part of a node's pod CIDR": ("10.244.2.0/25", "fd00:2::/65", "internal"),
+    "other from a node": ("198.51.100.0/24", "2001:db8:7::/48", "internal"),
+    "other from outside": ("198.51.100.0/24", "2001:db8:7::/48", "external"),
+}
+NODE, OUTSIDE = "node", "outside"
+MAY = {
+    "plain": {
+        "own pod CIDR": {NODE, OUTSIDE},
+        "own Service address": {OUTSIDE},
+    },
+    "reflector": {
+        "own pod CIDR": {NODE, OUTSIDE},
+        "own Service address": {OUTSIDE},
+        "node's pod CIDR from a node": {NODE, OUTSIDE},
+        "node's pod CIDR from outside": {NODE},
+        "part of a node's pod CIDR": {NODE},
+        "other from a node": {NODE},
+        "other from outside": {NODE},
+    },
+}
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("role", MAY)
+@pytest.mark.parametrize("route", ROUTES)
+def test_who_may_get_what_by_role(route: str, role: str, hidden: bool) -> None:
+    """The table of the manual: routes by where they come from, peers by what they are, nodes by their role."""
+    own, other = (A, B) if role == "plain" else (REFLECTOR, CLIENT)
+    state = asking(own, other, vips=VIPS, advertise_pod_cidr=not hidden, **FLAGS).state
+    pod_route = "pod CIDR" in route
+    for prefix in ROUTES[route][:2]:
+        for kind, neighbor in ((NODE, "10.0.0.2"), (OUTSIDE, "10.0.1.1"), (OUTSIDE, "2001:db8:1::1")):
+            wanted = kind in MAY[role].get(route, set()) and not (hidden and pod_route and kind == OUTSIDE)
+            if role == "reflector" and kind == OUTSIDE and route == "node's pod CIDR from a node":
+                wanted = wanted and (":" in prefix) == (":" in neighbor)
+            verdict = decision(
+                state.policies, EXPORT_ASSIGNMENT, state.policies.export, prefix, neighbor, ROUTES[route][2]
+            )
+            assert accepts(verdict) is wanted, (prefix, neighbor)
+
+
+@pytest.mark.parametrize("role", ["plain", "reflector"])
+def test_no_role_takes_defaults_service_addresses_or_the_listed(role: str) -> None:
+    own, other = (ANNOTATED, B) if role == "plain" else (REFLECTOR, CLIENT)
+    state = asking(own, other, vips=VIPS, **FLAGS).state
+    for neighbor in ("10.0.0.2", "10.0.1.1", "2001:db8:1::1"):
+        for prefix in ("0.0.0.0/0", "::/0", "203.0.113.7/32", "203.0.113.8/32", "2001:db8:99::7/128", "10.244.1.0/24"):
+            assert not imported(state.policies, prefix, neighbor)
+        assert imported(state.policies, "172.16.0.0/16", neighbor) is (role == "reflector")
+        assert imported(state.policies, "198.51.100.0/24", neighbor)
 
 
 def test_every_statement_names_sets_that_have_members() -> None:

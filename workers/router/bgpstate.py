@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from kube_router.workers.model import Family
 from kube_router.workers.router import names
@@ -109,9 +110,11 @@ def same_session(actual: Neighbor, desired: Neighbor) -> bool:
     return actual == replace(desired, **{name: getattr(actual, name) for name in LIVE})
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class PrefixRange:
-    """Prefixes inside ``prefix`` (canonical CIDR) whose length is from ``shortest`` to ``longest`` bits."""
+class PrefixRange(NamedTuple):
+    """Prefixes inside ``prefix`` (canonical CIDR) whose length is from ``shortest`` to ``longest`` bits.
+
+    A tuple, because sets of thousands of them are made and compared.
+    """
 
     prefix: str
     shortest: int

@@ -48,7 +48,7 @@ def effects(actual: BgpState, desired: BgpState, learned: Container[str] | None)
     staying = [
         address
         for address, item in sorted(desired.neighbors.items())
-        if address in actual.neighbors and same_session(actual.neighbors[address], item)
+        if (running := actual.neighbors.get(address)) is not None and (running == item or same_session(running, item))
     ]
     paths = list(_paths_in_question(actual, desired))
     forget: set[str] = set()

@@ -24,7 +24,6 @@ gobgpd 3.x asks only the longest member that contains a prefix, and 4.x all of t
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -162,17 +161,19 @@ def _sorted_in(sets: _Sets, set_names: Mapping[Family, str], ranges: Iterable[Pr
     """Sort ranges into the sets of their families."""
     members: dict[str, set[PrefixRange]] = {}
     for item in ranges:
-        family = Family.IPV6 if ":" in item.prefix else Family.IPV4
-        members.setdefault(set_names[family], set()).add(item)
+        members.setdefault(set_names[_family(item.prefix)], set()).add(item)
     sets.prefixes.update((name, frozenset(items)) for name, items in members.items())
 
 
 def _neighbors(sets: _Sets, set_names: Mapping[Family, str], addresses: Iterable[str]) -> None:
     members: dict[str, set[str]] = {}
-    for text in addresses:
-        network = ipaddress.ip_network(text)
-        members.setdefault(set_names[Family(network.version)], set()).add(str(network))
+    for address in addresses:
+        members.setdefault(set_names[_family(address)], set()).add(host_prefix(address))
     sets.neighbors.update((name, frozenset(items)) for name, items in members.items())
+
+
+def _family(text: str) -> Family:
+    return Family.IPV6 if ":" in text else Family.IPV4
 
 
 def merged(actual: Policies, desired: Policies) -> Policies:
