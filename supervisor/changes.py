@@ -25,6 +25,8 @@ FIXED = frozenset(
         "flags_file",
         "hostname_override",
         "node_name",
+        "pod_name",
+        "pod_namespace",
         "log_format",
         "kubeconfig",
         "master",
