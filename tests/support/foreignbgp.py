@@ -126,7 +126,7 @@ class Bird:
             f" neighbor {address} port {PORT} as {NODE_ASN}; {timers} {channels}}}\n"
             for name, address in place.nodes.items()
         )
-        return f"router id 10.0.0.13;\nprotocol device {{}}\n{static}{sessions}"
+        return f"log stderr all;\nrouter id 10.0.0.13;\nprotocol device {{}}\n{static}{sessions}"
 
     def _ask(self, question: str) -> str:
         return subprocess.run(

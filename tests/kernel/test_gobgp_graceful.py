@@ -1,0 +1,148 @@
+"""gobgpd killed and replaced with graceful restart: what peers keep, who has to wait, and how it ends.
+
+Peers of node a: node b (a kube-router with graceful restart), BIRD (which helps restarting peers, as most routers do),
+and a gobgpd without graceful restart.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.bgplab import (
+    FROM,
+    OUTSIDE,
+    OUTSIDE_ASN,
+    UP_SECONDS,
+    A,
+    B,
+    Lab,
+    Witness,
+    learned,
+    open_lab,
+    outsider_state,
+    settings_of,
+)
+from support.foreignbgp import Bird, Place
+from support.gobgpd import BINARIES, PORT, Outsider, Speaker, wait_for
+
+from kube_router.workers.router.graceful import FILE
+from kube_router.workers.settings import Settings
+
+GRACEFUL: dict[str, Any] = {"bgp_graceful_restart": True, "bgp_graceful_restart_time": 60.0}
+BIRD, BIRD_ASN = "10.0.0.3", 65003
+PEERS: dict[str, Any] = {
+    "peer_router_ips": (OUTSIDE, BIRD),
+    "peer_router_asns": (OUTSIDE_ASN, BIRD_ASN),
+    "peer_router_ports": (PORT, PORT),
+}
+
+
+@pytest.fixture(params=BINARIES, ids=lambda generation: f"gobgpd{generation}")
+def lab(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lab]:
+    with open_lab(request.param, tmp_path) as opened:
+        yield opened
+
+
+@dataclass
+class Cluster:
+    a: Speaker
+    b: Speaker
+    outside: Outsider
+    bird: Bird
+    witness: Witness
+
+    def up(self) -> bool:
+        return (
+            learned(self.a, "b")()
+            and learned(self.b, "a")()
+            and self.outside.routes() == FROM["a"]
+            and self.bird.held("a").keys() == FROM["a"].keys()
+        )
+
+    def wait(self, condition: Any, seconds: float, what: str) -> float:
+        began = time.monotonic()
+        wait_for(condition, seconds, what, self.a, self.b, self.outside)
+        return time.monotonic() - began
+
+
+@pytest.fixture
+def cluster(lab: Lab) -> Cluster:
+    bird = Bird(Place(lab.places["c"], lab.folder / "bird", BIRD, BIRD_ASN, {"a": "10.0.0.1"}, {}))
+    lab.stack.callback(bird.close)
+    outside = lab.outsider(outsider_state())
+    a, b = lab.speaker("a", **GRACEFUL, **PEERS), lab.speaker("b", **GRACEFUL)
+    for speaker in (a, b):
+        assert speaker.see(A, B).failures == ()
+    witness = Witness(b.daemon)
+    lab.stack.callback(witness.close)
+    made = Cluster(a, b, outside, bird, witness)
+    made.wait(made.up, UP_SECONDS, "everybody has a's routes")
+    return made
+
+
+def test_a_gobgpd_that_goes_costs_its_helpers_no_route_and_the_others_seconds(cluster: Cluster) -> None:
+    a, heard = cluster.a, Listener(cluster.bird)
+    a.bgp.take_changed()
+
+    # gobgpd is killed, and the worker with it.
+    a.daemon.kill(pause=True)
+    a.restart()
+    a.daemon.resume()
+    a.see(A, B)
+    back = cluster.wait(lambda: BIRD in established(a), UP_SECONDS, "a peer that dials at once")
+    assert back < 5, "it has all within five seconds"
+    cluster.wait(lambda: cluster.outside.routes() == FROM["a"], 15, "a peer without graceful restart waits for nobody")
+    cluster.wait(cluster.up, UP_SECONDS, "everybody has everything")
+    assert heard.removed() == set() and heard.announced() == set(FROM["a"])
+    assert cluster.witness.withdrawn == []
+    assert set(cluster.witness.announced) >= set(FROM["a"]), "the witness sees what there is to see"
+    # A new worker has learned the routes anew; what counts is that none was taken out.
+    assert a.bgp.learned == FROM["b"]
+
+    # Another router-id takes another gobgpd: it goes without a word.
+    starts, heard = a.daemon.starts, Listener(cluster.bird)
+    a.settings = Settings(**{**settings_of(a), "router_id": "10.0.0.111"})
+    a.restart()
+    a.see(A, B)
+    cluster.wait(lambda: a.daemon.starts > starts and BIRD in established(a), UP_SECONDS, "gobgpd is replaced")
+    cluster.wait(lambda: heard.announced() == set(FROM["a"]), 5, "and announces")
+    assert heard.removed() == set()
+
+    # The file is all that makes the difference: without it BIRD is not told, and forgets for a moment.
+    a.daemon.kill(pause=True)
+    (Path(a.settings.state_dir) / FILE).unlink()
+    a.restart()
+    a.daemon.resume()
+    a.see(A, B)
+    cluster.wait(lambda: BIRD in established(a) and heard.removed() == set(FROM["a"]), UP_SECONDS, "BIRD forgets")
+    cluster.wait(lambda: cluster.bird.held("a").keys() == FROM["a"].keys(), 5, "and learns again")
+
+
+def established(speaker: Speaker) -> set[str]:
+    return {address for address, state in speaker.states().items() if state == "established"}
+
+
+class Listener:
+    """What BIRD says that it does with routes, from now on."""
+
+    def __init__(self, bird: Bird) -> None:
+        self._log = bird._program.log
+        bird._ask("debug a { routes }")
+        self._began = self._log.stat().st_size
+
+    def _prefixes(self, *words: str) -> set[str]:
+        lines = [
+            line.split(" > ")[1].split() for line in self._log.read_text()[self._began :].splitlines() if " > " in line
+        ]
+        return {next(item for item in line if "/" in item) for line in lines if line[0] in words}
+
+    def removed(self) -> set[str]:
+        return self._prefixes("removed")
+
+    def announced(self) -> set[str]:
+        return self._prefixes("ignored", "added", "updated")
