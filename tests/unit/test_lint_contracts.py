@@ -57,6 +57,7 @@ BREACHES = {
     "zmq": [("workers/router/planted.py", "import zmq"), ("supervisor/planted.py", "from zmq import Context")],
     "kubernetes": [("workers/cni/planted.py", "from kubernetes import client")],
     "grpc": [("workers/router/planted.py", "import grpc"), ("supervisor/planted.py", "import google.protobuf")],
+    "aws": [("workers/router/aws.py", "import botocore"), ("workers/watcher/planted.py", "from boto3 import client")],
     "kernel": [
         ("workers/router/planted.py", "import subprocess"),
         ("workers/watcher/planted.py", "import pyroute2"),

@@ -321,7 +321,7 @@ def test_service_and_slice_may_come_and_go_in_any_order(slice_first: bool) -> No
     assert cluster.put(item).advertised == {"10.96.0.1"}
 
 
-def test_issue_1917_a_service_without_slices_touches_no_other() -> None:
+def test_upstream_1917_a_service_without_slices_touches_no_other() -> None:
     """kube-router: one Service without an EndpointSlice aborts the pass, and all VIPs leave the export set."""
     cluster = Cluster(
         service("web", "10.96.0.1", internal_traffic_policy="Local"),
@@ -334,7 +334,7 @@ def test_issue_1917_a_service_without_slices_touches_no_other() -> None:
     assert cluster.table.lines == ()
 
 
-def test_issue_1916_a_fresh_table_finds_everything_that_was_there_before() -> None:
+def test_upstream_1916_a_fresh_table_finds_everything_that_was_there_before() -> None:
     """kube-router: events before BGP is up are dropped, so VIPs are not announced after a restart."""
     services = {item.key: item for item in (balanced(external_traffic_policy="Local"), service("b", "10.96.0.2"))}
     slices = {
@@ -345,7 +345,7 @@ def test_issue_1916_a_fresh_table_finds_everything_that_was_there_before() -> No
 
 
 @pytest.mark.parametrize("last", ["deleted", "not ready", "opted out", "address gone"])
-def test_issue_1012_an_address_of_two_services_stays_while_one_wants_it(last: str) -> None:
+def test_upstream_1012_an_address_of_two_services_stays_while_one_wants_it(last: str) -> None:
     """kube-router (also 818, 262, 347, 334): withdrawn by one Service although another still serves it."""
     flags = {"advertise_external_ip": True}
     values: dict[str, Any] = {"external": ("192.0.2.1",), "external_traffic_policy": "Local"}
