@@ -66,8 +66,12 @@ class Tunnel(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TunnelPlan:
-    """Steps in their order: ``change`` before ``add``, because two devices may not have the same ends."""
+    """Steps in their order: ``change`` before ``add``, because two devices may not have the same ends.
 
+    ``receivers`` are there only while the changes are made: they take what comes in from any remote meanwhile.
+    """
+
+    receivers: tuple[tuple[str, Tunnel], ...] = ()
     change: tuple[tuple[str, Tunnel], ...] = ()
     add: tuple[tuple[str, Tunnel], ...] = ()
     delete: tuple[str, ...] = ()
@@ -76,7 +80,9 @@ class TunnelPlan:
         return len(self.change) + len(self.add) + len(self.delete)
 
     def __str__(self) -> str:
-        lines = [f"tunnel change {name} {tunnel}" for name, tunnel in self.change]
+        lines = [f"tunnel add {name} {tunnel}" for name, tunnel in self.receivers]
+        lines += [f"tunnel change {name} {tunnel}" for name, tunnel in self.change]
+        lines += [f"tunnel delete {name}" for name, _ in self.receivers]
         lines += [f"tunnel add {name} {tunnel}" for name, tunnel in self.add]
         lines += [f"tunnel delete {name}" for name in self.delete]
         return "\n".join(lines)

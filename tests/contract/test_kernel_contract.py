@@ -84,8 +84,8 @@ Host = FakeHost | KernelHost
 def host(request: pytest.FixtureRequest) -> Iterator[Host]:
     if request.param == "fake":
         kernel = FakeKernel()
-        kernel.connect("10.0.0.0/24")
-        kernel.connect("fd00::/64")
+        kernel.connect("10.0.0.0/24", "10.0.0.1")
+        kernel.connect("fd00::/64", "fd00::1")
         yield FakeHost(kernel)
         return
     with namespaces() as (namespace,), namespace.enter():

@@ -246,7 +246,7 @@ def test_a_foreign_route_in_the_place_of_ours_wins_and_is_told(node: Namespace) 
     assert outcome.warnings == (
         "2 routes, first 10.244.2.0/24: not injected: the main table has another route in its place",
     )
-    assert outcome.counts == {"host_routes_synced": 2, "host_routes_not_injected": 2}
+    assert outcome.counts == {"host_routes_synced": 2, "host_routes_not_injected": 2, "host_tunnels_synced": 0}
     assert node.run("ip route show 10.244.2.0/24").strip() == "10.244.2.0/24 via 10.0.0.77 dev eth0 metric 50"
     node.run("ip route del 10.244.2.0/24")
     assert running.repair_until(lambda: "proto 17" in node.run("ip route show 10.244.2.0/24"), 1.0)

@@ -1,7 +1,8 @@
 """A kernel in memory: routes, sets and rules that obey the real one's rules, for tests without root.
 
 It refuses what the kernel refuses, with the same errors: a gateway on no connected subnet, a second route in one place,
-a rule that names a missing set, a set that a rule refers to. `tests/contract` holds it against the real kernel. It is
+a route over a missing device, a rule that names a missing set, a set that a rule refers to. The overlay's devices,
+ports and rules stand in `fake_overlay`. `tests/contract` holds it against the real kernel. It is
 made of the drivers' interfaces, so a worker's code runs on it unaltered.
 """
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from kube_router.workers.kernel.ipset import SetError, SetFull, SetReferenced
 from kube_router.workers.kernel.iptables import IptablesError, Programs
 from kube_router.workers.kernel.netlink import NetlinkError
-from kube_router.workers.kernel.routes import PROTOCOL, AppliedRoutes, RouteFailure
+from kube_router.workers.kernel.routes import MAIN_TABLE, PROTOCOL, AppliedRoutes, RouteFailure, only_protocol
 from kube_router.workers.model import Family
 from kube_router.workers.routefacts import ActualRoutes, Prefix, Route, RoutePlan, Stray
 from kube_router.workers.rulefacts import Members, RulePlan, RuleText, SetName, SetPlan, SetSpec
@@ -27,26 +28,46 @@ CHAINS = {"filter": ("INPUT", "FORWARD", "OUTPUT"), "nat": ("PREROUTING", "INPUT
 
 @dataclass(frozen=True)
 class TableEntry:
-    """One route of the main table."""
+    """One route."""
 
     prefix: Prefix
     metric: int
     protocol: int
     gateway: str
+    device: str = ""
+    source: str = ""
+    mtu: int = 0
+    advmss: int = 0
+
+    @property
+    def route(self) -> Route:
+        return Route(self.gateway, self.device, self.source, self.mtu, self.advmss)
 
 
 @dataclass
 class FakeKernel:
-    """One network namespace. ``connected``: subnets of links, which also stand in the main table (protocol 2)."""
+    """One network namespace: the main table, in which subnets of links stand too (protocol 2), and the overlay's.
+
+    ``devices``: links that routes can lead through, by name, and whether each is up; ``addresses``: its own.
+    """
 
     table: list[TableEntry] = field(default_factory=list)
+    overlay_table: list[TableEntry] = field(default_factory=list)
+    devices: dict[str, bool] = field(default_factory=dict)
+    addresses: set[str] = field(default_factory=set)
     sets: dict[str, tuple[SetSpec, set[str]]] = field(default_factory=dict)
     chains: dict[tuple[Family, str, str], list[RuleText]] = field(default_factory=dict)
 
-    def connect(self, subnet: str) -> None:
+    def connect(self, subnet: str, address: str = "") -> None:
         """A link with an address of ``subnet`` is up."""
         metric = 0 if ipaddress.ip_network(subnet).version == 4 else 256
         self.table.append(TableEntry(Prefix(subnet), metric, 2, ""))
+        self.addresses |= {address} if address else set()
+
+    def drop(self, device: str, *, only_ipv4: bool = False) -> None:
+        """Routes over ``device`` vanish, as they do when it goes or, those of IPv4, when it goes down."""
+        for table in (self.table, self.overlay_table):
+            table[:] = [entry for entry in table if entry.device != device or (only_ipv4 and ":" in entry.prefix)]
 
     def reachable(self, gateway: str) -> bool:
         """Whether a connected subnet holds ``gateway``."""
@@ -65,21 +86,31 @@ class FakeKernel:
 
 
 class FakeRoutes:
-    """`RouteDriver` on a `FakeKernel`."""
+    """`RouteDriver` on a `FakeKernel`; ``before`` is called before each single step."""
 
-    def __init__(self, kernel: FakeKernel) -> None:
-        self._kernel = kernel
+    def __init__(
+        self,
+        kernel: FakeKernel,
+        table: int = MAIN_TABLE,
+        ours: Callable[[Prefix, int, Route], bool] = only_protocol,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._kernel, self._ours, self._before = kernel, ours, before
+        self._table = kernel.table if table == MAIN_TABLE else kernel.overlay_table
         self.writes = 0
+
+    def close(self) -> None:
+        """As the driver's."""
 
     def observe(self) -> ActualRoutes:
         ours: dict[Prefix, Route] = {}
         strays = []
         foreign = set()
-        for entry in self._kernel.table:
-            if entry.protocol != PROTOCOL:
+        for entry in self._table:
+            if not self._ours(entry.prefix, entry.protocol, entry.route):
                 foreign.add(entry.prefix)
             elif entry.metric == METRIC[ipaddress.ip_network(entry.prefix).version] and entry.prefix not in ours:
-                ours[entry.prefix] = Route(entry.gateway)
+                ours[entry.prefix] = entry.route
             else:
                 strays.append(Stray(entry.prefix, entry.metric, entry.gateway))
         return ActualRoutes(ours, tuple(strays), frozenset(foreign))
@@ -90,38 +121,49 @@ class FakeRoutes:
         added = removed = 0
         for step, steps in (("add", plan.add), ("replace", plan.replace)):
             for prefix, route in steps:
+                self._before()
                 number = self._write(prefix, route, exclusive=step == "add")
                 if number:
                     failures.append(RouteFailure(step, prefix, route.way, NetlinkError(number)))
                 else:
                     added += 1
         for stray in (*(Stray(prefix, 0, "") for prefix in plan.delete), *plan.strays):
+            self._before()
             removed += self._remove(stray)
         return AppliedRoutes(added, removed, tuple(failures))
 
     def _write(self, prefix: Prefix, route: Route, *, exclusive: bool) -> int:
         """The kernel replaces the first route of the same destination and metric, whatever its protocol."""
         metric = METRIC[ipaddress.ip_network(prefix).version]
-        places = [
-            index for index, entry in enumerate(self._kernel.table) if (entry.prefix, entry.metric) == (prefix, metric)
-        ]
-        if places and exclusive:
+        places = [index for index, entry in enumerate(self._table) if (entry.prefix, entry.metric) == (prefix, metric)]
+        number = self._refusal(prefix, route)
+        if places and exclusive and (not number or ":" not in prefix):
             return errno.EEXIST
+        if number:
+            return number
+        entry = TableEntry(prefix, metric, PROTOCOL, *route)
+        if places:
+            self._table[places[0]] = entry
+        else:
+            self._table.append(entry)
+        return 0
+
+    def _refusal(self, prefix: Prefix, route: Route) -> int:
+        if route.source and route.source not in self._kernel.addresses:
+            return errno.EINVAL
+        if route.device:
+            up = self._kernel.devices.get(route.device)
+            return errno.ENODEV if up is None else 0 if up else errno.ENETDOWN
         if not self._kernel.reachable(route.gateway):
             return errno.ENETUNREACH if ":" not in prefix else errno.EHOSTUNREACH
-        entry = TableEntry(prefix, metric, PROTOCOL, route.gateway)
-        if places:
-            self._kernel.table[places[0]] = entry
-        else:
-            self._kernel.table.append(entry)
         return 0
 
     def _remove(self, stray: Stray) -> int:
         metric = stray.metric or METRIC[ipaddress.ip_network(stray.prefix).version]
-        for entry in self._kernel.table:
+        for entry in self._table:
             same = (entry.prefix, entry.metric, entry.protocol) == (stray.prefix, metric, PROTOCOL)
             if same and stray.gateway in ("", entry.gateway):
-                self._kernel.table.remove(entry)
+                self._table.remove(entry)
                 return 1
         return 0
 

@@ -23,6 +23,7 @@ from kube_router.workers.router.routes import (
     surroundings,
 )
 from kube_router.workers.router.routesync import RouteSync
+from kube_router.workers.settings import Settings
 
 
 def own() -> NodeFacts:
@@ -35,7 +36,8 @@ def links(*texts: str, kind: str = "") -> Links:
     return Links((Link(2, "eth0", kind=kind, up=True, addresses=tuple(map(ipaddress.ip_interface, texts))),))
 
 
-AROUND = surroundings(own(), links("10.0.0.1/24", "fd00::1/64"), tuple(Family))
+DUAL_STACK = Settings(enable_ipv6=True, enable_overlay=False)
+AROUND = surroundings(own(), links("10.0.0.1/24", "fd00::1/64"), DUAL_STACK)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,7 @@ AROUND = surroundings(own(), links("10.0.0.1/24", "fd00::1/64"), tuple(Family))
     ],
 )
 def test_a_next_hop_on_an_own_subnet_is_injected_directly(prefix: str, hop: str) -> None:
-    assert decide(prefix, hop, AROUND) == (Injection.DIRECT, Prefix(prefix), Route(hop), "")
+    assert decide(prefix, hop, AROUND) == (Injection.DIRECT, Prefix(prefix), Route(hop), "", "")
 
 
 @pytest.mark.parametrize(
@@ -84,13 +86,13 @@ def test_what_is_not_injected_has_a_reason(prefix: str, hop: str, reason: str) -
 
 
 def test_a_disabled_family_is_not_injected() -> None:
-    around = surroundings(own(), links("10.0.0.1/24", "fd00::1/64"), (Family.IPV4,))
+    around = surroundings(own(), links("10.0.0.1/24", "fd00::1/64"), Settings(enable_overlay=False))
     assert decide("fd00:244:2::/64", "fd00::2", around).reason == "IPv6 is not enabled"
 
 
 @pytest.mark.parametrize("found", [links("10.0.0.1/32", "fd00::1/128"), links("10.0.0.1/24", kind=LOOPBACK), Links()])
 def test_host_addresses_and_loopback_make_no_subnet(found: Links) -> None:
-    assert surroundings(own(), found, tuple(Family)).subnets == ()
+    assert surroundings(own(), found, DUAL_STACK).subnets == ()
 
 
 def test_refusals_are_a_line_a_reason() -> None:
@@ -103,7 +105,7 @@ def test_refusals_are_a_line_a_reason() -> None:
     assert refusals(decisions) == [
         "route 0.0.0.0/0: not injected: a default route is never injected",
         "2 routes, first 10.7.0.0/16: not injected: next hop 192.0.2.1 is on no subnet of this node's addresses, and "
-        "tunnels are not built yet",
+        "the overlay is off",
     ]
 
 

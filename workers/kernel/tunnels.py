@@ -9,6 +9,8 @@ Touches the kernel. Which devices are ours is not decided here: only those that 
 - Two devices may not have the same local address, remote address and link (``EEXIST``). With different links they may,
   and a packet is then taken by the one that is bound to the link it came over, else by the other one. That is how a
   device under an old name and its successor can both be there.
+- While an ``ip6tnl`` is changed it receives nothing for the time of an RCU grace period (``ip6_tnl_update``); one with
+  the same local address and any remote does. ``ipip`` has no such gap.
 - A tunnel receives plain packets and those that a GUE port unpacked alike; its encapsulation says only how it sends.
 - ``ip6tnl`` adds 8 bytes of destination options for its encapsulation limit unless told not to.
 """
@@ -20,7 +22,7 @@ import ipaddress
 import socket
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from kube_router.workers.kernel.links import RTM_DELLINK, RTM_GETLINK, RTM_NEWLINK
@@ -50,6 +52,8 @@ _ENCAP_TYPE, _ENCAP_FLAGS, _ENCAP_SPORT, _ENCAP_DPORT = 15, 16, 17, 18
 _ENCAP_NONE, _ENCAP_GUE = 0, 2
 _IGNORE_ENCAP_LIMIT = 0x1
 _IFF_UP = 0x1
+_NEW = NLM_F_CREATE | NLM_F_EXCL
+_RECEIVE = "receive"
 _IPPROTO = {Family.IPV4: socket.IPPROTO_IPIP, Family.IPV6: socket.IPPROTO_IPV6}
 """Inner protocol: ``mode ipip`` and ``mode ip6ip6``."""
 
@@ -109,16 +113,33 @@ class TunnelDriver:
     def apply(self, plan: TunnelPlan) -> tuple[TunnelFailure, ...]:
         """Execute the steps in their order; one refused step stops no other. Raises `Overflow`, OSError."""
         steps: list[tuple[str, str, Tunnel | None, Request]] = [
+            *((_RECEIVE, name, tunnel, _request(name, tunnel, _NEW)) for name, tunnel in plan.receivers),
             *(("change", name, tunnel, _request(name, tunnel, 0)) for name, tunnel in plan.change),
-            *(("add", name, tunnel, _request(name, tunnel, NLM_F_CREATE | NLM_F_EXCL)) for name, tunnel in plan.add),
+            *((_RECEIVE, name, None, _deletion(name)) for name, _ in plan.receivers),
+            *(("add", name, tunnel, _request(name, tunnel, _NEW)) for name, tunnel in plan.add),
             *(("delete", name, None, _deletion(name)) for name in plan.delete),
         ]
         errors = self._netlink.batch([step[3] for step in steps])
         return tuple(
             TunnelFailure(*steps[index][:3], error)
             for index, error in sorted(errors.items())
-            if not (steps[index][0] == "delete" and error.errno == errno.ENODEV)
+            # Without a receiver a few packets may be lost, that is all.
+            if steps[index][0] != _RECEIVE and (steps[index][0], error.errno) != ("delete", errno.ENODEV)
         )
+
+
+def describe_tunnels(failures: Iterable[TunnelFailure]) -> list[str]:
+    """One line for each kind of refusal, with a count: a missing module refuses all tunnels."""
+    groups: dict[tuple[str, str], list[TunnelFailure]] = {}
+    for failure in failures:
+        groups.setdefault((failure.step, str(failure.error.strerror)), []).append(failure)
+    lines = []
+    for (step, reason), group in sorted(groups.items()):
+        first = min(group, key=lambda failure: failure.name)
+        where = f"{first.name} to {first.tunnel.remote}" if first.tunnel is not None else first.name
+        what = f"tunnel {where}" if len(group) == 1 else f"{len(group)} tunnels, first {where}"
+        lines.append(f"{step} {what}: {reason}")
+    return lines
 
 
 def _request(name: str, tunnel: Tunnel, flags: int) -> Request:

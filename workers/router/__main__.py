@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
+from kube_router.workers.kernel.rttables import declare_table
 from kube_router.workers.router.controller import RouterController
 from kube_router.workers.router.views import views
 from kube_router.workers.runtime import main
@@ -11,7 +13,10 @@ from kube_router.workers.settings import Settings, load_secrets
 
 
 def make(settings: Settings) -> RouterController:
-    """The controller, with the secrets that only root reads."""
+    """The controller, with the secrets that only root reads; the overlay's table gets its name."""
+    problem = declare_table() if settings.enable_overlay else None
+    if problem:
+        logging.getLogger(__name__).warning("%s", problem)
     return RouterController(settings, load_secrets(settings.run_dir))
 
 

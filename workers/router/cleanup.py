@@ -1,20 +1,26 @@
 """Removal of what the router put into the kernel: ``--cleanup-config``, and nothing but ours.
 
 Touches the kernel, through the drivers. Both families, whatever is enabled; both kinds of iptables, because the host
-may have changed its kind since. In the reverse order of making: accepts, masquerading,
-sets. Every part fails alone.
+may have changed its kind since. In the reverse order of making: accepts, masquerading, sets; routes, and then the
+overlay's devices, rules, ports and the name of its table. Every part fails alone.
 """
 
 from __future__ import annotations
 
 import time
 
+import msgspec
+
 from kube_router.workers.kernel.ipset import SetDriver, SetError
 from kube_router.workers.kernel.iptables import IptablesError, RuleDriver, all_programs
 from kube_router.workers.kernel.netlink import Overflow
 from kube_router.workers.kernel.routes import RouteDriver, describe
+from kube_router.workers.kernel.rttables import forget_table
+from kube_router.workers.linkfacts import Links
 from kube_router.workers.model import Failure, Family
+from kube_router.workers.router.collected import Collected
 from kube_router.workers.router.egress import FORWARD, POSTROUTING, plan_egress, plan_forward, set_specs
+from kube_router.workers.router.overlay import OverlaySync, kernel_drivers
 from kube_router.workers.router.routes import plan_routes
 from kube_router.workers.rulefacts import SetSpec
 from kube_router.workers.settings import Settings
@@ -24,8 +30,11 @@ _WAITS = (0.01, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 
 def cleanup(settings: Settings) -> list[Failure]:
-    """Remove the egress rule in all its forms, the FORWARD accepts, the two sets and our routes; what went wrong."""
-    return [*_rules(), *_sets(), *_routes()]
+    """Remove the egress rule in all its forms, the FORWARD accepts, the two sets, our routes and the overlay's objects.
+
+    What went wrong is returned.
+    """
+    return [*_rules(), *_sets(), *_routes(), *_overlay(settings)]
 
 
 def _rules() -> list[Failure]:
@@ -83,3 +92,18 @@ def _routes() -> list[Failure]:
         return [Failure("routes", f"the main table: {error}")]
     driver.close()
     return [Failure("routes", line) for line in describe(failed)]
+
+
+def _overlay(settings: Settings) -> list[Failure]:
+    """The worker's own steps towards an overlay that is off."""
+    result = Collected()
+    try:
+        overlay = OverlaySync(msgspec.structs.replace(settings, enable_overlay=False), kernel_drivers())
+    except OSError as error:
+        return [Failure("tunnels", str(error))]
+    overlay.look(None, (), Links(), True, result)
+    overlay.make(False, result)
+    overlay.sweep(frozenset, False, result)
+    overlay.close()
+    problem = forget_table()
+    return [*result.failures, *([Failure("rt-tables", problem)] if problem else [])]

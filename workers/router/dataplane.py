@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from kube_router.workers.kernel.ipset import SetDriver, SetError
 from kube_router.workers.kernel.iptables import IptablesError, RuleDriver, find_programs
@@ -21,37 +20,17 @@ from kube_router.workers.linkfacts import LOOPBACK, Link, Links
 from kube_router.workers.model import Failure, Family, Outcome
 from kube_router.workers.nodefacts import NodeFacts
 from kube_router.workers.router.cleanup import cleanup
+from kube_router.workers.router.collected import Collected
 from kube_router.workers.router.egress import FORWARD, POSTROUTING
 from kube_router.workers.router.foreign import ForeignChanges, Suspects
 from kube_router.workers.router.leaving import Leaving
+from kube_router.workers.router.overlay import OverlaySync, kernel_drivers
 from kube_router.workers.router.routes import Surroundings, surroundings
 from kube_router.workers.router.routesync import RouteSync
 from kube_router.workers.router.rulesync import RuleSync, SetSync
+from kube_router.workers.router.tunnels import other_addresses
 from kube_router.workers.runtime import Trigger
 from kube_router.workers.settings import Settings
-
-
-@dataclass(slots=True)
-class Collected:
-    """What the parts of one reconciliation report, until it becomes an `Outcome`."""
-
-    writes: int = 0
-    failures: list[Failure] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    counts: dict[str, float] = field(default_factory=dict)
-    counters: dict[str, float] = field(default_factory=dict)
-    observations: dict[str, tuple[float, ...]] = field(default_factory=dict)
-
-    def outcome(self) -> Outcome:
-        """The frozen result."""
-        return Outcome(
-            writes=self.writes,
-            failures=tuple(self.failures),
-            warnings=tuple(self.warnings),
-            counts=self.counts,
-            counters=self.counters,
-            observations=self.observations,
-        )
 
 
 class Dataplane:
@@ -62,13 +41,20 @@ class Dataplane:
         self._link_driver, self._route_driver, self._set_driver = LinkDriver(), RouteDriver(), SetDriver()
         self._rule_driver: RuleDriver | None = None
         self._rule_sync: RuleSync | None = None
-        self._route_sync, self._set_sync = RouteSync(self._route_driver), SetSync(self._set_driver)
+        overlay = kernel_drivers()
+        self._overlay = OverlaySync(settings, overlay)
+        self._route_sync, self._set_sync = RouteSync(self._route_driver, self._overlay), SetSync(self._set_driver)
         self._foreign = ForeignChanges(
-            {self._route_driver.portid}, self._route_sync.concerns, self._sets_differ, self._rules_differ
+            {self._route_driver.portid, *overlay.portids},
+            self._route_sync.concerns,
+            self._overlay,
+            self._sets_differ,
+            self._rules_differ,
         )
         self._links = Links()
         self._own: NodeFacts | None = None
         self._around = Surroundings()
+        self._others: tuple[tuple[NodeFacts, ...], frozenset[str]] = ((), frozenset())
         self._node_interfaces: dict[Family, str] = {}
         self._sets_done: tuple[tuple[NodeFacts, ...], bool] | None = None
         self._without_sets: frozenset[Family] = frozenset()
@@ -79,7 +65,7 @@ class Dataplane:
     def writes(self) -> int:
         """Requests and rules by which this process asked the kernel for a change, so far."""
         rules = self._rule_driver.writes if self._rule_driver else 0
-        return self._route_driver.writes + self._set_driver.writes + rules
+        return self._route_driver.writes + self._set_driver.writes + self._overlay.writes + rules
 
     def wakers(self) -> Mapping[int, Callable[[], bool]]:
         """For the worker's loop: see `Controller.wakers`."""
@@ -88,7 +74,7 @@ class Dataplane:
     def close(self) -> None:
         """Release the sockets; the kernel keeps everything."""
         self._foreign.close()
-        for driver in (self._link_driver, self._route_driver, self._set_driver):
+        for driver in (self._link_driver, self._route_driver, self._set_driver, self._overlay):
             driver.close()
 
     def reconcile(
@@ -111,10 +97,15 @@ class Dataplane:
             self._foreign.suspect_all()
         suspects = self._foreign.take()
         result = Collected()
+        everybody = tuple(nodes)
         self._sync_links(own, suspects, result)
-        self._sync_sets(tuple(nodes), suspects, hold_deletions, result)
+        self._sync_sets(everybody, suspects, hold_deletions, result)
         self._sync_rules(suspects, hold_deletions, result)
-        self._sync_routes(learned, changed, suspects, hold_deletions or hold_routes, result)
+        gone = self._overlay.look(self._around.overlay, own.pod_cidrs, self._links, suspects.overlay, result)
+        suspects.routes = suspects.routes or gone
+        self._route_sync.decide(learned, changed, self._around, self._other_addresses(own, everybody))
+        self._overlay.make(hold_deletions, result)
+        self._sync_routes(suspects, hold_deletions or hold_routes, result)
         if self._rule_driver is not None and not hold_deletions and not result.failures:
             result.writes += self._leaving.sync(self._rule_driver, self._set_driver)
         result.warnings += self._leaving.warnings
@@ -128,7 +119,7 @@ class Dataplane:
             except (OSError, Overflow) as error:
                 result.failures.append(Failure("links", f"links and addresses cannot be read: {words(error)}"))
             self._own = own
-            self._around = surroundings(own, self._links, self._settings.families)
+            self._around = surroundings(own, self._links, self._settings)
             self._node_interfaces = node_interfaces(own, self._links, self._settings.families)
             carriers = own_links(own, self._links)
             self._foreign.follow({link.index: link for link in carriers}, frozenset(own.addresses))
@@ -178,22 +169,22 @@ class Dataplane:
         result.writes += writes
         result.failures += failures
 
-    def _sync_routes(
-        self,
-        learned: Mapping[str, str],
-        changed: frozenset[str] | None,
-        suspects: Suspects,
-        hold_deletions: bool,
-        result: Collected,
-    ) -> None:
+    def _other_addresses(self, own: NodeFacts, nodes: tuple[NodeFacts, ...]) -> frozenset[str]:
+        # Node facts stay the same objects while their nodes do not change: this comparison is mostly by identity.
+        if self._others[0] != nodes:
+            self._others = (nodes, other_addresses(own, nodes))
+        return self._others[1]
+
+    def _sync_routes(self, suspects: Suspects, hold_deletions: bool, result: Collected) -> None:
         began = self._clock()
         try:
-            done = self._route_sync.sync(
-                learned, changed, self._around, observe=suspects.routes, hold_deletions=hold_deletions
+            done = self._route_sync.apply(
+                observe=suspects.routes, hold_deletions=hold_deletions, without=self._overlay.missing
             )
         except (OSError, Overflow) as error:
             result.failures.append(Failure("routes", f"the main table: {words(error)}"))
             return
+        self._overlay.sweep(self._route_sync.devices, hold_deletions, result)
         result.observations["host_routes_sync_time"] = (self._clock() - began,)
         result.writes += done.added + done.removed
         result.failures += done.failures

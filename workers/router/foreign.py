@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from kube_router.workers.kernel.links import AddressEvent, LinkEvent
 from kube_router.workers.kernel.monitor import (
@@ -19,12 +20,15 @@ from kube_router.workers.kernel.monitor import (
     RouteEvent,
     RouteListener,
     RouteListenerEvent,
+    RuleEvent,
     Tick,
 )
 from kube_router.workers.kernel.routes import MAIN_TABLE, KernelRoute
+from kube_router.workers.kernel.tunnels import TunnelEvent
 from kube_router.workers.linkfacts import Link
 from kube_router.workers.model import IPAddress
 from kube_router.workers.router.egress import FORWARD, POSTROUTING
+from kube_router.workers.tunnelfacts import OVERLAY_TABLE
 
 
 @dataclass(slots=True)
@@ -35,13 +39,26 @@ class Suspects:
     routes: bool = False
     sets: bool = False
     rules: bool = False
+    overlay: bool = False
 
     def all(self) -> None:
         """Trust nothing."""
-        self.links = self.routes = self.sets = self.rules = True
+        self.links = self.routes = self.sets = self.rules = self.overlay = True
 
     def __bool__(self) -> bool:
-        return self.links or self.routes or self.sets or self.rules
+        return self.links or self.routes or self.sets or self.rules or self.overlay
+
+
+class OverlayConcerns(Protocol):
+    """Who judges what happens to the overlay; `ports_differ` is a check that is called once a second."""
+
+    def tunnel_matters(self, event: TunnelEvent) -> bool: ...
+
+    def host_matters(self, route: KernelRoute, gone: bool) -> bool: ...
+
+    def rule_matters(self, event: RuleEvent) -> bool: ...
+
+    def ports_differ(self) -> bool: ...
 
 
 class ForeignChanges:
@@ -55,12 +72,13 @@ class ForeignChanges:
         self,
         own_sockets: Container[int],
         route_concerns: Callable[[KernelRoute, bool], bool],
+        overlay: OverlayConcerns,
         sets_differ: Callable[[], bool],
         rules_differ: Callable[[], bool],
     ) -> None:
-        self._route_concerns = route_concerns
+        self._route_concerns, self._overlay = route_concerns, overlay
         self._sets_differ, self._rules_differ = sets_differ, rules_differ
-        self._suspects = Suspects(True, True, True, True)
+        self._suspects = Suspects(True, True, True, True, True)
         self._links: dict[int, Link] = {}
         self._addresses: frozenset[IPAddress] = frozenset()
         self._routes, self._nft, self._tick = RouteListener(own_sockets), NftListener(), Tick()
@@ -92,19 +110,32 @@ class ForeignChanges:
         return taken
 
     def _on_routes(self) -> bool:
+        tunnels: dict[str, TunnelEvent] = {}
         for event in self._routes.events():
             if isinstance(event, Lost):
-                self._suspects.links = self._suspects.routes = True
+                self._suspects.links = self._suspects.routes = self._suspects.overlay = True
             elif isinstance(event, RouteEvent):
-                if self._route_matters(event):
-                    self._suspects.routes = True
+                self._on_route(event)
+            elif isinstance(event, TunnelEvent):
+                tunnels[event.name] = event  # the last word counts: our own writes pass through states in between
+            elif isinstance(event, RuleEvent):
+                self._suspects.overlay = self._suspects.overlay or self._overlay.rule_matters(event)
             elif self._link_matters(event):
                 self._suspects.links = True
+        for tunnel in tunnels.values():
+            if self._overlay.tunnel_matters(tunnel):
+                # IPv4 routes vanish with their device, or its going down, without an event of their own.
+                self._suspects.overlay = self._suspects.routes = True
         return bool(self._suspects)
 
-    def _route_matters(self, event: RouteEvent) -> bool:
+    def _on_route(self, event: RouteEvent) -> None:
         route = event.route
-        return route.table == MAIN_TABLE and not route.cloned and self._route_concerns(route, event.gone)
+        if route.cloned:
+            return
+        if route.table == MAIN_TABLE and self._route_concerns(route, event.gone):
+            self._suspects.routes = True
+        elif route.table == OVERLAY_TABLE and self._overlay.host_matters(route, event.gone):
+            self._suspects.overlay = True
 
     def _link_matters(self, event: RouteListenerEvent) -> bool:
         if isinstance(event, AddressEvent):
@@ -114,7 +145,8 @@ class ForeignChanges:
         known = self._links.get(event.link.index)
         if known is None:
             return False
-        return event.gone or (known.name, known.up) != (event.link.name, event.link.up)
+        link = event.link
+        return event.gone or (known.name, known.up, known.mtu) != (link.name, link.up, link.mtu)
 
     def _on_nft(self) -> bool:
         for event in self._nft.events():
@@ -126,6 +158,7 @@ class ForeignChanges:
         if self._tick.elapsed():
             self._suspects.sets = self._suspects.sets or self._sets_differ()
             self._suspects.rules = self._suspects.rules or self._rules_differ()
+            self._suspects.overlay = self._suspects.overlay or self._overlay.ports_differ()
         return bool(self._suspects)
 
 

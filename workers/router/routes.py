@@ -2,13 +2,15 @@
 
 Pure: learned routes, link facts and node facts in, decisions and plans out.
 
-A route is injected directly when its next hop is on a subnet of one of the node's own Node addresses, as configured on
-a link. For every other next hop the place of tunnels is kept (`Injection.TUNNEL`); until they are built, such a route
-is not injected and its next hop reported once.
+A route leads through a tunnel when its next hop is an address of another node, and the overlay is for all nodes
+(``full``) or the next hop on no subnet of one of this node's own addresses, as configured on a link. It is injected
+directly when its next hop is on such a subnet. Every other next hop is out of reach and reported once.
 
 Never injected, whoever announces it: the default route, ranges that no unicast route may have, what would take own pods
 or the own subnet away (the own pod CIDR or a part of it; a range that holds an own address and is as narrow as the
-subnet around it or narrower). Wider aggregates stay allowed: the kernel prefers the narrower own route.
+subnet around it or narrower). Wider aggregates stay allowed: the kernel prefers the narrower own route. And not through
+a tunnel: a range that holds the tunnel's own far end, or the one address of another node; what the tunnels send would
+enter a tunnel.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from kube_router.workers.linkfacts import LOOPBACK, Links
 from kube_router.workers.model import Family, IPAddress, IPNetwork
 from kube_router.workers.nodefacts import NodeFacts
 from kube_router.workers.routefacts import ActualRoutes, Prefix, Route, RoutePlan
+from kube_router.workers.router.tunnels import Overlay, overlay
+from kube_router.workers.settings import Settings
 
 
 class Injection(enum.Enum):
@@ -38,24 +42,30 @@ class Surroundings:
     """What decisions depend on besides the route itself; when it changes, every route is decided again.
 
     ``subnets``: (own Node address, subnet around it on its link), without host-length ones and those on loopback.
+    ``overlay``: how this node tunnels, None for not at all.
     """
 
     subnets: tuple[tuple[IPAddress, IPNetwork], ...] = ()
     pod_cidrs: tuple[IPNetwork, ...] = ()
     families: tuple[Family, ...] = ()
+    overlay: Overlay | None = None
 
 
 class Decision(NamedTuple):
-    """What happens to one learned route. ``reason`` says why it is not injected; ``route`` is None then."""
+    """What happens to one learned route. ``reason`` says why it is not injected; ``route`` is None then.
+
+    ``remote``: the far end of the tunnel that the route needs; the name of the device is still missing in ``route``.
+    """
 
     injection: Injection
     prefix: Prefix
     route: Route | None
     reason: str = ""
+    remote: str = ""
 
 
-def surroundings(own: NodeFacts, links: Links, families: tuple[Family, ...]) -> Surroundings:
-    """Own subnets from the links that carry the Node's addresses, and own pod CIDRs."""
+def surroundings(own: NodeFacts, links: Links, settings: Settings) -> Surroundings:
+    """Own subnets from the links that carry the Node's addresses, own pod CIDRs, and the overlay."""
     subnets: list[tuple[IPAddress, IPNetwork]] = []
     for address in own.addresses:
         link = links.link_of(address)
@@ -65,17 +75,28 @@ def surroundings(own: NodeFacts, links: Links, families: tuple[Family, ...]) -> 
             network = interface.network
             if interface.ip == address and network.prefixlen < network.max_prefixlen:
                 subnets.append((address, network))
-    return Surroundings(tuple(subnets), own.pod_cidrs, families)
+    return Surroundings(tuple(subnets), own.pod_cidrs, settings.families, overlay(own, links, settings))
 
 
 class Decider:
-    """Decides routes in one set of surroundings; next hops, of which there are few, are judged once each."""
+    """Decides routes in one set of surroundings; next hops, of which there are few, are judged once each.
 
-    def __init__(self, around: Surroundings) -> None:
-        self.around = around
+    ``others``: the addresses of all other nodes, in canonical text.
+    """
+
+    def __init__(self, around: Surroundings, others: frozenset[str] = frozenset()) -> None:
+        self.around, self.others = around, others
         self._next_hops: dict[str, _NextHop] = {}
         self._pod_cidrs = tuple(map(_range, around.pod_cidrs))
         self._subnets = tuple((int(address), _range(subnet)) for address, subnet in around.subnets)
+
+    def follow(self, others: frozenset[str]) -> frozenset[str]:
+        """Take other addresses of other nodes; those that came or went, by which routes must be decided again."""
+        moved = self.others ^ others
+        self.others = others
+        for address in moved:
+            self._next_hops.pop(address, None)
+        return moved
 
     def decide(self, prefix: str, next_hop: str) -> Decision:
         """Decide one learned route; bad text of a prefix or next hop is a reason, never an exception."""
@@ -87,21 +108,38 @@ class Decider:
         except ValueError as error:
             return Decision(Injection.NONE, Prefix(prefix), None, f"not understood: {error}")
         canonical = Prefix(str(network))
-        reason = self._refusal(network, hop) or hop.reason
-        # Injection.TUNNEL belongs here, by --enable-overlay and --overlay-type.
+        reason = self._refusal(network, hop) or hop.reason or self._loop(network, hop)
         if reason or hop.route is None:
             return Decision(Injection.NONE, canonical, None, reason)
-        return Decision(Injection.DIRECT, canonical, hop.route)
+        return Decision(Injection.TUNNEL if hop.remote else Injection.DIRECT, canonical, hop.route, "", hop.remote)
 
     def _judge(self, next_hop: str) -> _NextHop:
         try:
             gateway = ipaddress.ip_address(next_hop)
         except ValueError as error:
             return _NextHop(0, None, f"not understood: {error}")
-        if any(gateway in subnet and gateway != address for address, subnet in self.around.subnets):
-            return _NextHop(gateway.version, Route(str(gateway)))
-        reason = f"next hop {gateway} is on no subnet of this node's addresses, and tunnels are not built yet"
-        return _NextHop(gateway.version, None, reason)
+        text, around = str(gateway), self.around.overlay
+        near = any(gateway in subnet and gateway != address for address, subnet in self.around.subnets)
+        if around is not None and text in self.others and (around.full or not near):
+            route = around.route(text)
+            if route is not None:
+                return _NextHop(gateway.version, route, remote=text)
+            family = Family(gateway.version)
+            return _NextHop(gateway.version, None, f"it needs a tunnel, and this node's {family} address is on no link")
+        if near:
+            return _NextHop(gateway.version, Route(text))
+        why = "the overlay is off" if around is None else "it is no address of another node"
+        return _NextHop(gateway.version, None, f"next hop {text} is on no subnet of this node's addresses, and {why}")
+
+    def _loop(self, network: IPNetwork, hop: _NextHop) -> str:
+        """Why a route may not lead through a tunnel: what tunnels send would follow it."""
+        if not hop.remote:
+            return ""
+        if ipaddress.ip_address(hop.remote) in network:
+            return "it holds its own next hop, so its tunnel would lead into itself"
+        if network.prefixlen == network.max_prefixlen and str(network.network_address) in self.others:
+            return "it is the address of another node, so tunnels to that node would lead into this one"
+        return ""
 
     def _refusal(self, network: IPNetwork, hop: _NextHop) -> str:
         version, prefix_length = network.version, network.prefixlen
@@ -126,11 +164,15 @@ class Decider:
 
 
 class _NextHop(NamedTuple):
-    """What is known of a next hop: ``version`` 0 if it is no address; ``route`` None if it cannot be reached."""
+    """What is known of a next hop: ``version`` 0 if it is no address; ``route`` None if it cannot be reached.
+
+    ``remote``: the next hop itself, if it is reached through a tunnel.
+    """
 
     version: int
     route: Route | None
     reason: str = ""
+    remote: str = ""
 
 
 class _Range(NamedTuple):

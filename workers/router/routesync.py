@@ -1,40 +1,30 @@
-"""The injected routes: decides, compares and applies, remembering what the kernel was last told.
+"""The injected routes: decides what is learned, and keeps the main table to it.
 
-Drives `RouteDriver` (a parameter); reads neither clock nor cluster itself. One changed prefix costs one decision and
+Drives a route driver (a parameter); reads neither clock nor cluster itself. One changed prefix costs one decision and
 one netlink message; the table is listed only when asked to `observe`.
 """
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from kube_router.workers.delta import DeltaTracker
-from kube_router.workers.kernel.routes import PROTOCOL, AppliedRoutes, KernelRoute, RouteFailure, describe
+from kube_router.workers.kernel.routes import AppliedRoutes, KernelRoute, describe
 from kube_router.workers.model import Failure
-from kube_router.workers.routefacts import ActualRoutes, Prefix, Route, RoutePlan, Stray
-from kube_router.workers.router.routes import (
-    Decider,
-    Decision,
-    Surroundings,
-    plan_routes,
-    refusals,
-)
-
-_TRIES = 2
-"""Plan, apply, and once more after reading again when the kernel showed a route that was not known."""
-_DOUBTFUL_MOST = 10_000
-"""More places than this are not remembered one by one: the next sync reads the table."""
+from kube_router.workers.routefacts import Route
+from kube_router.workers.router.routes import Decider, Decision, Surroundings, refusals
+from kube_router.workers.router.routetable import Routes, RouteTable
+from kube_router.workers.router.tunnels import overlay_host
 
 
-class Routes(Protocol):
-    """What this module asks of a route driver."""
+class Tunnels(Protocol):
+    """Who gives tunnels their names: `claim` one that a route needs, `release` it when the last such route is gone."""
 
-    def observe(self) -> ActualRoutes: ...
+    def claim(self, remote: str) -> str: ...
 
-    def apply(self, plan: RoutePlan) -> AppliedRoutes: ...
+    def release(self, remote: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +40,16 @@ class SyncedRoutes:
 
 
 class RouteSync:
-    """The routes of one node."""
+    """The routes of one node: `decide`, and then `apply`, so that tunnels can be made in between."""
 
-    def __init__(self, driver: Routes) -> None:
-        self._driver = driver
+    def __init__(self, driver: Routes, tunnels: Tunnels | None = None) -> None:
+        self._tunnels = tunnels
+        self._users: Counter[str] = Counter()
+        """Routes by the tunnel that they need, told by its far end."""
         self._decider = Decider(Surroundings())
         self._next_hops: dict[str, str] = {}
         self._decisions: dict[str, Decision] = {}
-        self._routes: DeltaTracker[Prefix, Route] = DeltaTracker()
-        self._observed = False
-        self._strays: tuple[Stray, ...] = ()
-        self._foreign: frozenset[Prefix] = frozenset()
-        self._doubtful: set[Prefix] = set()
-        """Where somebody else's routes came or went since the last observation."""
+        self._table = RouteTable(driver)
 
     def sync(
         self,
@@ -73,104 +60,96 @@ class RouteSync:
         observe: bool = False,
         hold_deletions: bool = False,
     ) -> SyncedRoutes:
-        """Bring the kernel to ``learned``; ``changed`` names the prefixes that differ from the last call, None: all.
+        """`decide` and `apply` at once."""
+        self.decide(learned, changed, around)
+        return self.apply(observe=observe, hold_deletions=hold_deletions)
+
+    def decide(
+        self,
+        learned: Mapping[str, str],
+        changed: Iterable[str] | None,
+        around: Surroundings,
+        others: frozenset[str] = frozenset(),
+    ) -> None:
+        """Want ``learned`` (prefix → next hop); ``changed``: the prefixes that differ from the last call, None: all.
+
+        ``others``: the addresses of all other nodes.
+        """
+        if around != self._decider.around:
+            self._decider = Decider(around, others)
+            self._next_hops.clear()
+            changed = None
+        elif others != self._decider.others:
+            moved = self._decider.follow(others)
+            concerned = {prefix for prefix, hop in self._next_hops.items() if hop in moved}
+            concerned |= {str(overlay_host(address)) for address in moved} & self._next_hops.keys()
+            for prefix in concerned:
+                del self._next_hops[prefix]
+            changed = None if changed is None else concerned.union(changed)
+        self._decide(learned, changed)
+
+    def apply(
+        self, *, observe: bool = False, hold_deletions: bool = False, without: Container[str] = ()
+    ) -> SyncedRoutes:
+        """Bring the kernel to what was decided. ``without``: devices that are missing; their routes wait as they are.
 
         Raises OSError or `Overflow` when the kernel's table cannot be read; a refused route is a failure of its own.
         """
-        self._decide(learned, changed, around)
-        if observe or not self._doubtful.isdisjoint(self._routes.pending_updates()):
-            self._observed = False
-        added = removed = 0
-        failures: tuple[RouteFailure, ...] = ()
-        for _ in range(_TRIES):
-            if not self._observed:
-                self._observe()
-            applied = self._apply(self.plan(hold_deletions))
-            added, removed, failures = added + applied.added, removed + applied.removed, applied.failures
-            if not any(failure.error.errno == errno.EEXIST for failure in failures):
-                break
-            self._observed = False  # somebody has a route there that was not known
-        return self._report(added, removed, failures)
+        return self._report(self._table.sync(observe=observe, hold_deletions=hold_deletions, without=without))
 
-    def plan(self, hold_deletions: bool = False) -> RoutePlan:
-        """What waits to be done, by what is known."""
-        actual = ActualRoutes(self._routes.actual, self._strays, self._foreign)
-        updates, deletes = self._routes.pending_updates(), self._routes.pending_deletes()
-        return plan_routes(actual, updates, deletes, hold=hold_deletions)
+    def devices(self) -> frozenset[str]:
+        """The devices that routes of ours lead through: see `RouteTable.devices`."""
+        return self._table.devices()
 
     def concerns(self, route: KernelRoute, gone: bool) -> bool:
-        """Whether a foreign change of the main table asks for a new look: at our routes, or in their place.
+        """Judge a foreign change of the main table: see `RouteTable.concerns`."""
+        return self._table.concerns(route, gone)
 
-        Other places are remembered, for the day when a route of ours is to go there.
-        """
-        if route.protocol == PROTOCOL:
-            return not gone or route.prefix in self._routes.actual
-        if len(self._doubtful) >= _DOUBTFUL_MOST:
-            self._observed = False
-        else:
-            self._doubtful.add(route.prefix)
-        return route.prefix in self._routes.desired
-
-    def _decide(self, learned: Mapping[str, str], changed: Iterable[str] | None, around: Surroundings) -> None:
+    def _decide(self, learned: Mapping[str, str], changed: Iterable[str] | None) -> None:
         """Decide what differs from the last call; ``changed`` None: find that out, by comparing all."""
-        if around != self._decider.around:
-            self._decider = Decider(around)
-            self._next_hops.clear()
-            changed = None
         if changed is None:
             before = self._next_hops.keys() | self._decisions.keys()
             changed = {prefix for prefix in learned if self._next_hops.get(prefix) != learned[prefix]}
             changed |= before - learned.keys()
         changed = tuple(changed)
+        left = set[str]()
         for prefix in changed:
             self._next_hops.pop(prefix, None)
             old = self._decisions.pop(prefix, None)
             if old is not None:
-                self._routes.delete_desired(old.prefix)
+                self._table.want(old.prefix, None)
+                if old.remote:
+                    self._users[old.remote] -= 1
+                    left.add(old.remote)
         for prefix in changed:
             if prefix in learned:
                 self._next_hops[prefix] = learned[prefix]
                 decision = self._decisions[prefix] = self._decider.decide(prefix, learned[prefix])
                 if decision.route is not None:
-                    self._routes.set_desired(decision.prefix, decision.route)
+                    self._table.want(decision.prefix, self._through(decision.remote, decision.route))
+        for remote in left:
+            if self._users[remote] <= 0:
+                del self._users[remote]
+                if self._tunnels is not None:
+                    self._tunnels.release(remote)
 
-    def _observe(self) -> None:
-        self._doubtful.clear()
-        actual = self._driver.observe()
-        self._routes.replace_actual(actual.ours)
-        self._strays, self._foreign = actual.strays, actual.foreign
-        self._observed = True
+    def _through(self, remote: str, route: Route) -> Route:
+        if not remote or self._tunnels is None:
+            return route
+        self._users[remote] += 1
+        return route._replace(device=self._tunnels.claim(remote))
 
-    def _apply(self, plan: RoutePlan) -> AppliedRoutes:
-        if not plan:
-            return AppliedRoutes()
-        self._observed = False  # until it is known what got through
-        applied = self._driver.apply(plan)
-        self._observed = True
-        refused = {failure.prefix for failure in applied.failures}
-        for prefix in (*(prefix for prefix, _ in (*plan.add, *plan.replace)), *plan.delete):
-            if prefix in refused:
-                self._routes.failed(prefix)
-            elif prefix in self._foreign:
-                self._routes.delete_actual(prefix)
-            else:
-                self._routes.applied(prefix)
-        if plan.strays:
-            self._strays = tuple(stray for stray in plan.strays if stray.prefix in refused)
-        return applied
-
-    def _report(self, added: int, removed: int, failures: tuple[RouteFailure, ...]) -> SyncedRoutes:
-        desired = self._routes.desired
-        yielded = sorted(self._foreign & desired.keys())
+    def _report(self, applied: AppliedRoutes) -> SyncedRoutes:
+        desired, yielded = self._table.desired, self._table.yielded
         warnings = refusals(self._decisions.values()) if len(desired) != len(self._decisions) else []
         if yielded:
             what = f"route {yielded[0]}" if len(yielded) == 1 else f"{len(yielded)} routes, first {yielded[0]}"
             warnings.append(f"{what}: not injected: the main table has another route in its place")
         return SyncedRoutes(
-            added=added,
-            removed=removed,
-            synced=len(desired.keys() & self._routes.actual.keys()),
+            added=applied.added,
+            removed=applied.removed,
+            synced=len(desired.keys() & self._table.actual.keys()),
             not_injected=len(self._decisions) - len(desired) + len(yielded),
-            failures=tuple(Failure("routes", line) for line in describe(failures)),
+            failures=tuple(Failure("routes", line) for line in describe(applied.failures)),
             warnings=tuple(warnings),
         )
