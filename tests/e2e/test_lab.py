@@ -104,6 +104,48 @@ def test_the_external_router_learns_the_pod_cidrs_and_no_other_prefix_of_the_clu
     assert wait_until(lambda: learned() == wanted, 20), learned()
 
 
+VIPS = {"10.96.0.50/32", "fd00:96::50/128"}
+
+
+def vip_manifests(**conditions: bool) -> dict[str, dict[str, object]]:
+    """A Service that is announced only where it has an endpoint, and its endpoints, on node1."""
+    spec = {"clusterIP": "10.96.0.50", "clusterIPs": ["10.96.0.50", "fd00:96::50"], "internalTrafficPolicy": "Local"}
+    note = {"kube-router.io/service.advertise.clusterip": "true"}
+    service = {"apiVersion": "v1", "kind": "Service", "spec": {**spec, "ports": [{"port": 80}]}}
+    found: dict[str, dict[str, object]] = {
+        "vip": {**service, "metadata": {"namespace": "shop", "name": "vip", "annotations": note}}
+    }
+    for family, address in (("IPv4", "10.244.1.200"), ("IPv6", "fd00:244:1::200")):
+        labels = {"kubernetes.io/service-name": "vip"}
+        found[f"vip-{family}"] = {
+            "apiVersion": "discovery.k8s.io/v1",
+            "kind": "EndpointSlice",
+            "metadata": {"namespace": "shop", "name": f"vip-{family.lower()}", "labels": labels},
+            "addressType": family,
+            "endpoints": [{"addresses": [address], "nodeName": "node1", "conditions": conditions}],
+            "ports": [{"port": 8080}],
+        }
+    return found
+
+
+def test_the_external_router_follows_the_addresses_of_a_service(lab: Lab) -> None:
+    def vips() -> set[str]:
+        text = network.bird_routes(lab.namespaces, "external", lab.folder / "external")
+        return {word for word in text.split() if word.startswith(("10.96.", "fd00:96:"))}
+
+    assert vips() == set()
+    try:
+        for name, manifest in vip_manifests(ready=True).items():
+            lab.write_manifest(name, manifest)
+        assert wait_until(lambda: vips() == VIPS, 20), vips()
+        for name, manifest in vip_manifests(ready=False, serving=True, terminating=True).items():
+            lab.write_manifest(name, manifest)
+        assert wait_until(lambda: vips() == set(), 20), vips()
+    finally:
+        for name in vip_manifests():
+            lab.remove_manifest(name)
+
+
 def test_learned_routes_are_in_the_main_table_for_next_hops_on_the_own_segment(lab: Lab) -> None:
     routes = pod_routes(lab, "node1")
     assert any(route.startswith("10.244.2.0/24 via 10.10.1.12 ") for route in routes), routes
