@@ -27,12 +27,16 @@ from support.bgplab import (
     outsider_state,
     settings_of,
 )
+from support.bgpspeaker import Speaker as Scripted
 from support.foreignbgp import Bird, Place
 from support.gobgpd import BINARIES, PORT, Outsider, Speaker, wait_for
 
 from kube_router.workers.router.graceful import FILE
 from kube_router.workers.settings import Settings
 
+RESTART, RESTARTED, FORWARDING = 64, 0x80, 0x80
+"""Capability code, and its flags: of the speaker and of a family (RFC 4724, section 3)."""
+KNOWS = b"\0\x3c" + b"\0\1\1\x80" + b"\0\2\1\x80"
 GRACEFUL: dict[str, Any] = {"bgp_graceful_restart": True, "bgp_graceful_restart_time": 60.0}
 BIRD, BIRD_ASN = "10.0.0.3", 65003
 PEERS: dict[str, Any] = {
@@ -113,14 +117,48 @@ def test_a_gobgpd_that_goes_costs_its_helpers_no_route_and_the_others_seconds(cl
     cluster.wait(lambda: heard.announced() == set(FROM["a"]), 5, "and announces")
     assert heard.removed() == set()
 
-    # The file is all that makes the difference: without it BIRD is not told, and forgets for a moment.
-    a.daemon.kill(pause=True)
-    (Path(a.settings.state_dir) / FILE).unlink()
-    a.restart()
-    a.daemon.resume()
-    a.see(A, B)
-    cluster.wait(lambda: BIRD in established(a) and heard.removed() == set(FROM["a"]), UP_SECONDS, "BIRD forgets")
-    cluster.wait(lambda: cluster.bird.held("a").keys() == FROM["a"].keys(), 5, "and learns again")
+
+def test_only_peers_that_know_of_restarts_are_told_and_nobody_waits_long(lab: Lab) -> None:
+    """Two peers dial at once, over IPv4 with graceful restart, over IPv6 without; a third one is never there."""
+    flags = {"peer_router_ips": ("10.0.0.3", "2001:db8::3", "10.0.0.77"), "peer_router_asns": (65003, 65004, 65005)}
+    a = lab.speaker("a", peer_router_ports=(PORT, PORT, PORT), **GRACEFUL, **flags)  # type: ignore[arg-type]
+    a.see(A)
+
+    def dial() -> tuple[Scripted, Scripted]:
+        with lab.places["c"].enter():
+            knowing = Scripted(65003, "10.0.0.3", capabilities=((RESTART, KNOWS),)).connect("10.0.0.1", PORT)
+            plain = Scripted(65004, "10.0.0.33").connect("2001:db8::1", PORT)
+        lab.stack.callback(knowing.close)
+        lab.stack.callback(plain.close)
+        began = time.monotonic()
+        plain.wait(lambda: plain.routes.keys() == FROM["a"].keys(), 3, "routes for one that knows nothing")
+        knowing.end_of_rib()
+        knowing.wait(lambda: knowing.routes.keys() == FROM["a"].keys(), 3, "routes for one that knows")
+        knowing.wait(lambda: {4, 6} <= {item.end_of_rib for item in knowing.updates}, 3, "End-of-RIB for both families")
+        assert time.monotonic() - began < 3
+        wait_for(lambda: len(established(a)) == 2, 5, "both are up", a)
+        return knowing, plain
+
+    for remembered in (False, True, False):
+        knowing, plain = dial()
+        assert knowing.opened is not None and plain.opened is not None
+        (told,), (other,) = knowing.opened.capability(RESTART), plain.opened.capability(RESTART)
+        assert bool(told[0] & RESTARTED) is remembered
+        assert {told[5], told[9]} == {FORWARDING if remembered else 0}, "of either family"
+        assert not other[0] & RESTARTED and {other[5], other[9]} == {0}
+        a.daemon.kill(pause=True)
+        ended(knowing)
+        assert knowing.notification is None, "it goes without a word"
+        if remembered:
+            (Path(a.settings.state_dir) / FILE).unlink()
+        a.restart()
+        a.daemon.resume()
+        a.see(A)
+        wait_for(lambda: a.outcome.sessions != (), 10, "a fresh gobgpd is set up", a)
+
+
+def ended(peer: Scripted) -> None:
+    peer.wait(lambda: peer.closed, 5, "the session is gone")
 
 
 def established(speaker: Speaker) -> set[str]:
