@@ -14,7 +14,18 @@ from support.namespaces import Namespace
 
 from kube_router.workers.router.bgpstate import FRESH, OPEN, BgpState, Neighbor
 from kube_router.workers.router.gobgp.client import Client, GobgpError, connect
-from kube_router.workers.router.plan import AddNeighbor, Plan, RemoveNeighbor, SetPolicies, diff
+from kube_router.workers.router.plan import (
+    AddNeighbor,
+    AddPath,
+    ChangeSet,
+    JudgeAgain,
+    Plan,
+    RemoveNeighbor,
+    RemovePath,
+    SetPolicies,
+    diff,
+)
+from kube_router.workers.router.vips import Vips
 
 A = node("a", ["10.0.0.1", "2001:db8::1"], ["10.244.1.0/24", "fd00:1::/64"])
 B = node("b", ["10.0.0.2", "2001:db8::2"], ["10.244.2.0/24", "fd00:2::/64"])
@@ -29,6 +40,19 @@ EXTERNAL: dict[str, Any] = {
 }
 SERVER = node("a", ["10.0.0.1", "2001:db8::1"], ["10.244.1.0/24", "fd00:1::/64"], {"rr.server": "0x2a"})
 CLIENT = node("b", ["10.0.0.2", "2001:db8::2"], ["10.244.2.0/24", "fd00:2::/64"], {"rr.client": "42"})
+ADORNED = node(
+    "a",
+    ["10.0.0.1", "2001:db8::1"],
+    ["10.244.1.0/24", "fd00:1::/64"],
+    {
+        "node.bgp.communities": "no-export, internet,65000:1,4294967295",
+        "node.bgp.large-communities": "4294967295:0:1,64512:1:2",
+        "node.bgp.customimportreject": "0.0.0.0/0,192.0.2.1/24,192.0.2.0/25,2001:db8:5::/48",
+        "path-prepend.as": "4200000001",
+        "path-prepend.repeat-n": "255",
+    },
+)
+FEW, MORE = frozenset({"203.0.113.7", "2001:db8:99::7"}), frozenset({"203.0.113.8", "2001:db8:99::7"})
 GRACEFUL: dict[str, Any] = {"bgp_graceful_restart": True, "bgp_graceful_restart_time": 40.0}
 STATES = {
     "alone": asking(A, bgp_port=1790).state,
@@ -40,6 +64,9 @@ STATES = {
         A, B, bgp_port=1790, bgp_long_lived_graceful_restart_time=3600.0, **GRACEFUL, **EXTERNAL
     ).state,
     "hidden": asking(A, B, bgp_port=1790, advertise_pod_cidr=False, **EXTERNAL).state,
+    "adorned": asking(ADORNED, B, bgp_port=1790, vips=Vips(FEW, FEW), **EXTERNAL).state,
+    "one service more": asking(ADORNED, B, bgp_port=1790, vips=Vips(MORE, MORE | FEW), **EXTERNAL).state,
+    "reflecting outside": asking(SERVER, CLIENT, bgp_port=1790, vips=Vips(FEW, MORE), **EXTERNAL).state,
 }
 
 
@@ -71,7 +98,8 @@ def test_generation_is_found_and_a_fresh_daemon_reads_as_such(client: Client, da
 def test_every_state_reads_back_as_it_was_asked_for_from_every_other(client: Client) -> None:
     """One daemon through all changes: no step may leave something of the state before."""
     order = ["alone", "mesh", "external", "hidden", "mesh", "alone", "external", "alone", "reflecting", "graceful"]
-    order += ["long-lived", "reflecting", "long-lived", "mesh"]
+    order += ["long-lived", "reflecting", "long-lived", "mesh", "adorned", "one service more", "adorned", "external"]
+    order += ["one service more", "reflecting outside", "adorned", "reflecting outside", "alone"]
     for name in order:
         apply(client, STATES[name])
         observed = client.observe()
@@ -87,6 +115,20 @@ def test_bfd_reads_back_as_asked_for_where_the_daemon_has_it(client: Client) -> 
     assert observed == (wanted if client.generation == 4 else without)
     apply(client, without)
     assert client.observe() == without
+
+
+def test_members_of_a_set_come_and_go_without_the_rest(client: Client) -> None:
+    """Also one that is there already, which gobgpd would then hold twice, and one that is not."""
+    apply(client, STATES["adorned"])
+    plan = diff(STATES["adorned"], STATES["one service more"])
+    kinds = [type(step) for step in plan.steps]
+    assert kinds == [ChangeSet, ChangeSet, AddPath, RemovePath, ChangeSet, JudgeAgain, JudgeAgain, JudgeAgain]
+    for _ in range(2):
+        assert client.apply(plan) == (len(plan.steps), ())
+        assert client.observe() == STATES["one service more"]
+    back = diff(STATES["one service more"], STATES["adorned"])
+    assert client.apply(back) == (len(back.steps), ())
+    assert client.observe() == STATES["adorned"]
 
 
 def test_a_changed_next_hop_replaces_the_path(client: Client) -> None:
