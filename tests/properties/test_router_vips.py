@@ -92,7 +92,7 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(config=configs, events=batches)
 def test_any_order_of_events_ends_in_what_the_cluster_says(config: Settings, events: list[Any]) -> None:
     table = VipTable(config)

@@ -305,6 +305,15 @@ def test_a_slice_may_change_its_service() -> None:
     assert cluster.put(endpoint_slice("s", "y", V4)).advertised == {"10.96.1.2"}
 
 
+def test_a_slice_may_change_its_family() -> None:
+    """Not through the API, but in a file."""
+    cluster = Cluster(
+        service(internal_traffic_policy="Local"), endpoint_slice("s", "web", V4), advertise_cluster_ip=True
+    )
+    assert cluster.advertised == {"10.96.0.1"}
+    assert cluster.put(endpoint_slice("s", "web", V6, kind="IPv6")).advertised == {"fd00:96::1"}
+
+
 @pytest.mark.parametrize("slice_first", [True, False])
 def test_service_and_slice_may_come_and_go_in_any_order(slice_first: bool) -> None:
     item, part = service(internal_traffic_policy="Local"), endpoint_slice("v4", "web", V4)
