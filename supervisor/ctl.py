@@ -11,23 +11,22 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol, cast
 
 import msgspec
 
-from kube_router.supervisor import status
+from kube_router.supervisor import routerstatus, status
 from kube_router.supervisor.conf import IPC_DIR
-from kube_router.workers.settings import SETTINGS_FILE, Settings, load_settings
-
-if TYPE_CHECKING:
-    from kube_router.workers.firewall.preview import Preview
+from kube_router.workers.settings import SETTINGS_FILE, Settings, load_secrets, load_settings
 
 HEALTHY, UNHEALTHY, UNREACHABLE = 0, 1, 2
 NOTHING_TO_DO, NO_PLAN, CHANGES = 0, 1, 2
 """Of ``plan``."""
+WORKERS = {"router": routerstatus}
+"""Workers of which ``status`` shows more; each is a module with ``collect`` and ``render``."""
 PROGRAM = "kube-routerctl"
 
 
@@ -64,11 +63,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """``status``: workers, source, sessions, routes, warnings."""
+    """``status [router]``: workers, source, sessions, routes, warnings; of one worker, all that it looks after."""
     parser = commands.add_parser(
         "status",
         help="how the agent stands: workers, source of state, BGP sessions, routes, warnings",
         description="How the agent stands. Exit status 0: healthy, 1: not healthy, 2: it cannot be reached.",
+    )
+    parser.add_argument(
+        "worker",
+        nargs="?",
+        choices=tuple(WORKERS),
+        help="show all of this worker's: peers, announced paths and learned routes of the router (needs root)",
     )
     add_output(parser)
     parser.add_argument(
@@ -119,15 +124,15 @@ def show_routes(options: argparse.Namespace) -> int:
 
 
 def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """``plan firewall``: what a worker would change in the kernel now."""
+    """``plan firewall|router``: what a worker would change now."""
     parser = commands.add_parser(
         "plan",
-        help="what a worker would change in the kernel now; nothing on a healthy node",
-        description="What a worker would change in this network namespace now, by a plan of its own making from the "
-        "watcher's state and the kernel, both only read; the worker itself is not disturbed. Needs root. Exit status "
-        "0: nothing, 2: there are changes, 1: no plan can be made.",
+        help="what a worker would change in the kernel or gobgpd now; nothing on a healthy node",
+        description="What a worker would change in this network namespace, and the router in gobgpd, now, by a plan of "
+        "its own making from the watcher's state and what is there, all only read; the worker itself is not disturbed. "
+        "Needs root. Exit status 0: nothing, 2: there are changes, 1: no plan can be made.",
     )
-    parser.add_argument("worker", choices=("firewall",), help="the worker")
+    parser.add_argument("worker", choices=tuple(PLANNERS), help="the worker")
     add_output(parser)
     parser.add_argument(
         "--timeout",
@@ -142,12 +147,12 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def show_plan(options: argparse.Namespace) -> int:
     """Print the plan and return its exit code."""
     try:
-        found = make_plan(Path(options.run_dir), options.timeout)
+        found = make_plan(options.worker, Path(options.run_dir), options.timeout)
     except NoPlan as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return NO_PLAN
     if options.output == "json":
-        print(json.dumps({"worker": options.worker, **asdict(found)}, indent=2))
+        print(json.dumps({"worker": options.worker, **asdict(cast(Any, found))}, indent=2))
     else:
         sys.stdout.writelines(f"{line}\n" for line in found.changes)
     if found.stale:
@@ -160,33 +165,66 @@ class NoPlan(Exception):
     """Why no plan can be made, in one line."""
 
 
-def make_plan(run_dir: Path, seconds: float) -> Preview:
-    """The firewall's plan; raises `NoPlan`."""
-    from kube_router.workers.firewall.preview import PlanError, preview  # the drivers, which `status` need not load
+class Preview(Protocol):
+    """A plan as data: a dataclass with at least these fields."""
 
+    @property
+    def stale(self) -> bool: ...
+
+    @property
+    def changes(self) -> tuple[str, ...]: ...
+
+
+def make_plan(worker: str, run_dir: Path, seconds: float) -> Preview:
+    """The plan of ``worker``; raises `NoPlan`."""
     if os.geteuid() != 0:
-        raise NoPlan("only root may look at what the kernel filters")
+        raise NoPlan(f"only root may look at what the {worker} worker looks after")
     ipc = run_dir / IPC_DIR
     try:
         settings = load_settings(ipc / SETTINGS_FILE)
     except (OSError, msgspec.DecodeError) as error:
         raise NoPlan(f"no agent runs with --run-dir={run_dir}: {error}") from None
-    if not settings.run_firewall:
-        raise NoPlan("this agent has no firewall worker: it runs with --run-firewall=false")
+    if not getattr(settings, f"run_{worker}"):
+        raise NoPlan(f"this agent has no {worker} worker: it runs with --run-{worker}=false")
+    return PLANNERS[worker](settings, ipc, seconds)
+
+
+def plan_firewall(settings: Settings, ipc: Path, seconds: float) -> Preview:
+    """The firewall's plan; raises `NoPlan`."""
+    from kube_router.workers.firewall import preview  # the drivers, which `status` need not load
+
     try:
-        return preview(settings, ipc, seconds)
-    except PlanError as error:
+        return preview.preview(settings, ipc, seconds)
+    except preview.PlanError as error:
         raise NoPlan(str(error)) from None
+
+
+def plan_router(settings: Settings, ipc: Path, seconds: float) -> Preview:
+    """The router's plan; raises `NoPlan`."""
+    from kube_router.workers.router import preview  # the drivers and grpc
+
+    try:
+        return preview.preview(settings, load_secrets(settings.run_dir), ipc, seconds)
+    except (preview.PlanError, OSError, msgspec.DecodeError) as error:
+        raise NoPlan(str(error)) from None
+
+
+PLANNERS: Mapping[str, Callable[[Settings, Path, float], Preview]] = {
+    "firewall": plan_firewall,
+    "router": plan_router,
+}
+"""The workers that have a plan to show; each is named as its flag ``--run-…``."""
 
 
 def show_status(options: argparse.Namespace) -> int:
     """Print the status and return its exit code."""
+    shown = WORKERS[options.worker] if options.worker else status
     try:
-        found = status.collect(options.run_dir, options.timeout)
+        found = shown.collect(options.run_dir, options.timeout)
     except status.Unreachable as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return UNREACHABLE
-    print(json.dumps(found, indent=2) if options.output == "json" else status.render(found))
+    print(json.dumps(found, indent=2) if options.output == "json" else shown.render(found))
     sys.stdout.flush()
     return HEALTHY if found["healthy"] else UNHEALTHY
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from lab import network
@@ -318,6 +320,37 @@ def test_killing_the_firewall_again_and_again_lets_nothing_through_and_loses_not
             assert shop_lab.workers("node1")["firewall"]["writes"] == 0
     assert writes == []
     assert dataplane(shop_lab, "node1") == before
+
+
+def test_the_router_shows_all_of_itself_and_plans_nothing(lab: Lab) -> None:
+    run_dir = str(lab.run_dir("node1"))
+
+    def shown() -> dict[str, Any]:
+        done = lab.on("node1", ["kube-routerctl", "--run-dir", run_dir, "status", "router", "-o", "json"])
+        return json.loads(done.stdout) if done.returncode == 0 else {}
+
+    def complete() -> bool:
+        sessions = shown().get("sessions", [])
+        return bool(sessions) and all(session["advertised"] for session in sessions)
+
+    assert wait_until(complete, 20), shown()
+    found = shown()
+    assert found["healthy"] and found["changes"] == 0 and found["daemon"] in ("gobgpd 3", "gobgpd 4")
+    assert {session["state"] for session in found["sessions"]} == {"established"}
+    assert all(session["since"] > 0 and session["families"] for session in found["sessions"])
+    assert {path["kind"] for path in found["announced"]} == {"pods"}
+    injected = {route["prefix"] for route in found["learned"] if route["route"]}
+    kernel = {line.split()[0] for line in pod_routes(lab, "node1")}
+    assert injected and {str(ipaddress.ip_network(item)) for item in kernel} == injected
+    text = output(lab, "node1", "kube-routerctl", "--run-dir", run_dir, "status", "router")
+    assert "established" in text and "Announced: " in text and "Learned: " in text
+
+    with kernel_writes(lab, "node1") as writes:
+        plan = lab.on("node1", ["kube-routerctl", "--run-dir", run_dir, "plan", "router"])
+        assert (plan.returncode, plan.stdout, plan.stderr) == (0, "", "")
+    assert not writes
+    neighbors = output(lab, "node1", "gobgp", "neighbor")
+    assert all(session["address"] in neighbors for session in found["sessions"])
 
 
 def test_killing_the_firewall_while_policies_change_lets_nothing_through_and_loses_nothing(shop_lab: Lab) -> None:

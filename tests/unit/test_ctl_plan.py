@@ -15,7 +15,7 @@ LINES = ("IPv4: flush KUBE-NWPLCY-COMMON", "IPv6: add KUBE-SRC-X fd00::1")
 
 
 def planned(monkeypatch: pytest.MonkeyPatch, *changes: str, stale: bool = False) -> None:
-    monkeypatch.setattr(ctl, "make_plan", lambda run_dir, seconds: Preview("iptables", stale, changes))
+    monkeypatch.setattr(ctl, "make_plan", lambda worker, run_dir, seconds: Preview("iptables", stale, changes))
 
 
 def test_nothing_to_change_is_no_output_and_success(
@@ -83,7 +83,13 @@ def test_only_root_may_look(run_dir: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert "only root" in refusal(run_dir, capsys)
 
 
-def test_other_workers_have_no_plan_yet(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_workers_have_no_plan(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        ctl.main(["plan", "router"])
-    assert "invalid choice: 'router'" in capsys.readouterr().err
+        ctl.main(["plan", "cni"])
+    assert "invalid choice: 'cni'" in capsys.readouterr().err
+
+
+def test_the_router_s_plan_goes_the_same_way(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(run_dir / "ipc" / SETTINGS_FILE, Settings(run_router=False), 0o600)
+    assert ctl.main(["--run-dir", str(run_dir), "plan", "router"]) == 1
+    assert "--run-router=false" in capsys.readouterr().err

@@ -6,12 +6,10 @@ asks a backend without memory for its plan, which is the plan that a sync carrie
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from kube_router.ipc.channels import Poller
-from kube_router.ipc.replica import Cluster, Replica
+from kube_router.ipc.once import NoCluster, take_cluster
 from kube_router.workers.firewall.backend import BackendError
 from kube_router.workers.firewall.controller import FirewallController
 from kube_router.workers.firewall.engine import Engine
@@ -44,7 +42,10 @@ def preview(settings: Settings, ipc: Path, seconds: float) -> Preview:
 
     Raises `PlanError`.
     """
-    cluster = take_snapshot(ipc, seconds)
+    try:
+        cluster = take_cluster(NAME, FirewallController.kinds, ipc, seconds)
+    except NoCluster as error:
+        raise PlanError(str(error)) from None
     engine, ports = Engine(settings.node_name, settings.families), NodePorts()
     engine.update(cluster, None)
     ports.replace(cluster.services)
@@ -58,19 +59,3 @@ def preview(settings: Settings, ipc: Path, seconds: float) -> Preview:
     except (BackendError, IptablesError, NftError, SetError, Overflow, OSError) as error:
         raise PlanError(f"the kernel cannot be read: {error}") from error
     return Preview(kernel.backend.name, not cluster.state.in_sync, changes)
-
-
-def take_snapshot(ipc: Path, seconds: float) -> Cluster:
-    """The cluster as the watcher knows it now, confirmed if that comes in time; raises `PlanError`."""
-    replica = Replica(NAME, FirewallController.kinds, ipc)
-    try:
-        end = time.monotonic() + seconds
-        while not replica.usable and (left := end - time.monotonic()) > 0:
-            replica.receive(time.monotonic())
-            if not replica.usable:
-                Poller.wait(replica.sockets, min(left, replica.wait(time.monotonic())))
-        if not replica.usable:
-            raise PlanError(f"the watcher gave no state within {seconds:g} s")
-        return replica.cluster
-    finally:
-        replica.close()

@@ -15,7 +15,7 @@ import os
 import select
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kube_router.ipc.messages import Component, Node, Notice
@@ -24,11 +24,9 @@ from kube_router.workers.nodefacts import NodeFacts
 from kube_router.workers.router import names
 from kube_router.workers.router.bgpsessions import Sessions
 from kube_router.workers.router.bgpstate import BgpState, Policies, Speaker, is_host_prefix
-from kube_router.workers.router.desired import DesiredBgp, desired_bgp, listen_addresses
-from kube_router.workers.router.gobgp import process
+from kube_router.workers.router.desired import DesiredBgp
 from kube_router.workers.router.gobgp.client import Client, GobgpError, connect
 from kube_router.workers.router.gobgp.watch import Taken, Watch
-from kube_router.workers.router.neighbors import without_bfd
 from kube_router.workers.router.plan import (
     AddPath,
     Plan,
@@ -40,6 +38,7 @@ from kube_router.workers.router.plan import (
 )
 from kube_router.workers.router.rib import Rib
 from kube_router.workers.router.vips import Vips
+from kube_router.workers.router.wish import wished
 from kube_router.workers.runtime import Clock, SystemClock
 from kube_router.workers.settings import Secrets, Settings
 
@@ -301,15 +300,17 @@ class Bgp:
         self, client: Client, node: Node, own: NodeFacts, nodes: Sequence[NodeFacts], actual: BgpState, vips: Vips
     ) -> DesiredBgp:
         """The desired state, as far as this daemon can have it."""
-        running = actual.speaker.listen_addresses if actual.speaker is not None else frozenset()
-        unbindable = process.unbindable(listen_addresses(node, own, self._settings.families, []), running)
-        if actual.speaker is None and self._clock.monotonic() < self._attached_at + PATIENCE_SECONDS:
-            unbindable = frozenset()  # the node comes up: time for its addresses to do so too
-        desired = desired_bgp(node, own, nodes, self._settings, self._secrets, actual, vips, unbindable=unbindable)
-        if client.generation == 3:
-            state, problems = without_bfd(desired.state, "gobgpd 3")
-            desired = replace(desired, state=state, problems=(*desired.problems, *problems))
-        return desired
+        return wished(
+            client.generation,
+            node,
+            own,
+            nodes,
+            self._settings,
+            self._secrets,
+            actual,
+            vips,
+            patient=self._clock.monotonic() < self._attached_at + PATIENCE_SECONDS,
+        )
 
     def _refuse_loop(self, plan: Plan, actual: BgpState) -> tuple[Failure, ...]:
         """A failure when gobgpd was restarted for the same wish before, and still reads back something else."""

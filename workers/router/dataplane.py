@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from kube_router.workers.kernel.ipset import SetDriver, SetError
-from kube_router.workers.kernel.iptables import IptablesError, RuleDriver, find_programs
+from kube_router.workers.kernel.iptables import IptablesError, Programs, RuleDriver, find_programs
 from kube_router.workers.kernel.links import LinkDriver
 from kube_router.workers.kernel.monitor import legacy_table_mark
 from kube_router.workers.kernel.netlink import Overflow
@@ -24,8 +25,9 @@ from kube_router.workers.router.collected import Collected
 from kube_router.workers.router.egress import FORWARD, POSTROUTING
 from kube_router.workers.router.foreign import ForeignChanges, Suspects
 from kube_router.workers.router.leaving import Leaving
+from kube_router.workers.router.overlay import Drivers as OverlayDrivers
 from kube_router.workers.router.overlay import OverlaySync, kernel_drivers
-from kube_router.workers.router.routes import Surroundings, surroundings
+from kube_router.workers.router.routes import Decision, Surroundings, surroundings
 from kube_router.workers.router.routesync import RouteSync
 from kube_router.workers.router.rulesync import RuleSync, SetSync
 from kube_router.workers.router.tunnels import other_addresses
@@ -33,15 +35,30 @@ from kube_router.workers.runtime import Trigger
 from kube_router.workers.settings import Settings
 
 
+@dataclass(frozen=True, slots=True)
+class Drivers:
+    """What makes the drivers that write; another making is for those who only want to know what would be written."""
+
+    routes: Callable[[], RouteDriver] = RouteDriver
+    sets: Callable[[], SetDriver] = SetDriver
+    rules: Callable[[Programs], RuleDriver] = RuleDriver
+    overlay: Callable[[], OverlayDrivers] = kernel_drivers
+
+
+KERNEL = Drivers()
+
+
 class Dataplane:
     """The kernel half of the router worker; acts on the network namespace of the thread that creates it."""
 
-    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
-        self._settings, self._clock = settings, clock
-        self._link_driver, self._route_driver, self._set_driver = LinkDriver(), RouteDriver(), SetDriver()
+    def __init__(
+        self, settings: Settings, clock: Callable[[], float] = time.monotonic, *, drivers: Drivers = KERNEL
+    ) -> None:
+        self._settings, self._clock, self._drivers = settings, clock, drivers
+        self._link_driver, self._route_driver, self._set_driver = LinkDriver(), drivers.routes(), drivers.sets()
         self._rule_driver: RuleDriver | None = None
         self._rule_sync: RuleSync | None = None
-        overlay = kernel_drivers()
+        overlay = drivers.overlay()
         self._overlay = OverlaySync(settings, overlay)
         self._route_sync, self._set_sync = RouteSync(self._route_driver, self._overlay), SetSync(self._set_driver)
         self._foreign = ForeignChanges(
@@ -66,6 +83,11 @@ class Dataplane:
         """Requests and rules by which this process asked the kernel for a change, so far."""
         rules = self._rule_driver.writes if self._rule_driver else 0
         return self._route_driver.writes + self._set_driver.writes + self._overlay.writes + rules
+
+    @property
+    def decisions(self) -> Mapping[str, Decision]:
+        """What became of each learned prefix; a live view."""
+        return self._route_sync.decisions
 
     def wakers(self) -> Mapping[int, Callable[[], bool]]:
         """For the worker's loop: see `Controller.wakers`."""
@@ -149,7 +171,7 @@ class Dataplane:
     def _sync_rules(self, suspects: Suspects, hold_deletions: bool, result: Collected) -> None:
         try:
             if self._rule_driver is None or self._rule_sync is None:
-                self._rule_driver = RuleDriver(find_programs())
+                self._rule_driver = self._drivers.rules(find_programs())
                 self._rule_sync = RuleSync(self._rule_driver)
         except IptablesError as error:
             result.failures.append(Failure("iptables", str(error)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from kube_router.workers.kernel.fou import FouDriver, load_fou
@@ -22,7 +23,7 @@ from kube_router.workers.model import Failure, Family, IPNetwork
 from kube_router.workers.routefacts import Route
 from kube_router.workers.router import portsync, routetable, tunnelsync
 from kube_router.workers.router.collected import Collected
-from kube_router.workers.router.portsync import PortSync
+from kube_router.workers.router.portsync import PortSync, keep_record
 from kube_router.workers.router.routetable import RouteTable
 from kube_router.workers.router.tunnels import Overlay, is_our_host, overlay_host, plan_rules, wanted_ports
 from kube_router.workers.router.tunnelsync import TunnelSync
@@ -61,7 +62,7 @@ class Rules(Driver, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Drivers:
-    """The four drivers, what loads FoU's modules, and the sockets whose writes cause events that name them."""
+    """The four drivers, what loads FoU's modules and keeps the record of ports, and the port ids of their own writes."""
 
     tunnels: Devices
     hosts: Hosts
@@ -69,6 +70,7 @@ class Drivers:
     fou: Fou
     load_fou: Callable[[Iterable[Family]], str | None]
     portids: frozenset[int] = frozenset()
+    keep_record: Callable[[Path, bytes], None] = keep_record
 
 
 def kernel_drivers() -> Drivers:
@@ -84,7 +86,7 @@ class OverlaySync:
     def __init__(self, settings: Settings, drivers: Drivers) -> None:
         self._settings, self._drivers = settings, drivers
         self._tunnels, self._hosts = TunnelSync(drivers.tunnels), RouteTable(drivers.hosts)
-        self._ports = PortSync(drivers.fou, settings.state_dir, drivers.load_fou)
+        self._ports = PortSync(drivers.fou, settings.state_dir, drivers.load_fou, drivers.keep_record)
         self._around: Overlay | None = None
         self._rules: tuple[PodRule, ...] | None = None
         self._pod_cidrs: tuple[IPNetwork, ...] = ()

@@ -44,8 +44,15 @@ class Fou(Protocol):
 class PortSync:
     """The ports of one agent. ``load`` loads the kernel modules for some families and says why it could not."""
 
-    def __init__(self, driver: Fou, state_dir: str, load: Callable[[Iterable[Family]], str | None]) -> None:
-        self._driver, self._load = driver, load
+    def __init__(
+        self,
+        driver: Fou,
+        state_dir: str,
+        load: Callable[[Iterable[Family]], str | None],
+        keep: Callable[[Path, bytes], None],
+    ) -> None:
+        """``keep`` writes the record to its file."""
+        self._driver, self._load, self._keep = driver, load, keep
         self._path = Path(state_dir) / RECORD
         self._recorded = self._read()
         self._open: frozenset[FouPort] | None = None
@@ -131,7 +138,12 @@ class PortSync:
 
     def _write(self, ports: frozenset[FouPort]) -> None:
         if ports != self._recorded:
-            self._path.parent.mkdir(mode=0o700, exist_ok=True)
             record = Record(1, tuple((int(port.family), port.port) for port in sorted(ports)))
-            replace_file(str(self._path), msgspec.json.encode(record), 0o600)
+            self._keep(self._path, msgspec.json.encode(record))
             self._recorded = ports
+
+
+def keep_record(path: Path, data: bytes) -> None:
+    """Put the record into its file, for root alone; raises OSError."""
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    replace_file(str(path), data, 0o600)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 from kube_router.workers.kernel.routes import AppliedRoutes, KernelRoute, describe
@@ -96,6 +97,11 @@ class RouteSync:
         Raises OSError or `Overflow` when the kernel's table cannot be read; a refused route is a failure of its own.
         """
         return self._report(self._table.sync(observe=observe, hold_deletions=hold_deletions, without=without))
+
+    @property
+    def decisions(self) -> Mapping[str, Decision]:
+        """What became of each learned prefix; a live, read-only view."""
+        return MappingProxyType(self._decisions)
 
     def devices(self) -> frozenset[str]:
         """The devices that routes of ours lead through: see `RouteTable.devices`."""
