@@ -341,18 +341,23 @@ def test_service_addresses_come_go_and_are_taken_from_nobody(lab: Lab) -> None:
 
 
 def test_after_a_kill_of_gobgpd_peers_get_the_same_and_never_more(lab: Lab) -> None:
+    """Peers dial every second: they are there as soon as gobgpd listens, and pod CIDRs are not theirs to have."""
     vips = Vips(frozenset({VIP4}), frozenset({VIP4, OTHER_VIP}))
-    lab.reconfigure({"node.bgp.communities": "65000:7"}, vips)
-    expected = {"communities": frozenset({"65000:7"})}
-    lab.until_held(lambda name, _: own(name, VIP4, **expected), "before")
+    lab.reconfigure({"node.bgp.communities": "65000:7"}, vips, advertise_pod_cidr=False)
+
+    def expected(name: str, _: bool) -> dict[str, Held]:
+        return {f"{VIP4}/32": own(name, VIP4, communities=frozenset({"65000:7"}))[f"{VIP4}/32"]}
+
+    lab.until_held(expected, "before")
+    before = {name: len(lab.exabgp.messages(name)) for name in V4_ENDS}
     starts = [speaker.daemon.starts for speaker in lab.active]
     for speaker in lab.active:
         speaker.daemon.kill()
-    lab.until(
-        lambda: all(item.daemon.starts > before for item, before in zip(lab.active, starts, strict=True)), "fresh"
-    )
-    lab.until_held(lambda name, _: own(name, VIP4, **expected), "after")
+    lab.until(lambda: all(item.daemon.starts > old for item, old in zip(lab.active, starts, strict=True)), "fresh")
+    lab.until_held(expected, "after")
     expect_learned(lab, without=FOREIGN_VIP)
+    for name, count in before.items():
+        assert lab.exabgp.ever(name, since=count) == {f"{VIP4}/32"}, "nothing else, from the first moment on"
     lab.reconfigure()
 
 

@@ -308,9 +308,9 @@ class ExaBgp:
                     found.pop(prefix, None)
         return found
 
-    def ever(self, node: str) -> set[str]:
-        """Every prefix that ``node`` ever announced."""
-        return {prefix for message in self.messages(node) for prefix in _announced(message)}
+    def ever(self, node: str, since: int = 0) -> set[str]:
+        """Every prefix that ``node`` ever announced, from that message on."""
+        return {prefix for message in self.messages(node)[since:] for prefix in _announced(message)}
 
     def close(self) -> None:
         """End it."""
