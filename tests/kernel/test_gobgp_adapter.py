@@ -12,7 +12,7 @@ from support.bgp import asking, node
 from support.gobgpd import BINARIES, Daemon, attached, daemons
 from support.namespaces import Namespace
 
-from kube_router.workers.router.bgpstate import FRESH, OPEN, BgpState, Neighbor
+from kube_router.workers.router.bgpstate import CLOSED, FRESH, OPEN, BgpState, Neighbor
 from kube_router.workers.router.gobgp.client import Client, GobgpError, connect
 from kube_router.workers.router.plan import (
     AddNeighbor,
@@ -23,6 +23,7 @@ from kube_router.workers.router.plan import (
     RemoveNeighbor,
     RemovePath,
     SetPolicies,
+    StartSpeaker,
     diff,
 )
 from kube_router.workers.router.vips import Vips
@@ -93,6 +94,13 @@ def test_generation_is_found_and_a_fresh_daemon_reads_as_such(client: Client, da
     assert client.generation == daemon.generation
     assert client.observe() == FRESH
     assert 0 <= client.daemon_age() < 60
+
+
+def test_a_speaker_that_starts_exports_nothing(client: Client) -> None:
+    speaker = STATES["alone"].speaker
+    assert speaker is not None
+    assert client.apply(Plan((StartSpeaker(speaker),))) == (1, ())
+    assert client.observe() == replace(FRESH, speaker=speaker, export=CLOSED)
 
 
 def test_every_state_reads_back_as_it_was_asked_for_from_every_other(client: Client) -> None:

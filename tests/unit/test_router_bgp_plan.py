@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.bgp import asking, node
 
-from kube_router.workers.router.bgpstate import FRESH, OPEN, BgpState
+from kube_router.workers.router.bgpstate import CLOSED, FRESH, OPEN, BgpState
 from kube_router.workers.router.plan import (
     AddNeighbor,
     AddPath,
@@ -28,12 +28,17 @@ from kube_router.workers.router.plan import (
     StartSpeaker,
     diff,
 )
+from kube_router.workers.router.verdicts import accepts, decision
+from kube_router.workers.router.vips import Vips
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "router"
 A = node("a", ["10.0.0.1", "2001:db8::1"], ["10.244.1.0/24", "fd00:1::/64"])
 B = node("b", ["10.0.0.2", "2001:db8::2"], ["10.244.2.0/24", "fd00:2::/64"])
 C = node("c", ["10.0.0.3"], ["10.244.3.0/24"])
 EXTERNAL: dict[str, Any] = {"peer_router_ips": ("10.0.1.1",), "peer_router_asns": (65000,), "passwords": ("geheim",)}
+ONE, TWO = frozenset({"203.0.113.7", "2001:db8:99::7"}), frozenset({"203.0.113.8", "2001:db8:99::7"})
+SERVER = node("a", ["10.0.0.1", "2001:db8::1"], ["10.244.1.0/24", "fd00:1::/64"], {"rr.server": "1"})
+CLIENT = node("b", ["10.0.0.2", "2001:db8::2"], ["10.244.2.0/24", "fd00:2::/64"], {"rr.client": "1"})
 
 
 def kinds(plan: Plan) -> list[str]:
@@ -45,7 +50,7 @@ def run(state: BgpState, plan: Plan) -> BgpState:
     for step in plan.steps:
         match step:
             case StartSpeaker(speaker):
-                state = replace(FRESH, speaker=speaker)
+                state = replace(FRESH, speaker=speaker, export=CLOSED)
             case ReplaceDaemon():
                 state = FRESH
             case SetPolicies(policies):
@@ -78,6 +83,9 @@ STATES = {
     "no ibgp": asking(A, B, enable_ibgp=False, **EXTERNAL).state,
     "other cidr": asking(node("a", ["10.0.0.1", "2001:db8::1"], ["10.244.9.0/24", "fd00:9::/64"]), B).state,
     "one family": asking(node("a", ["10.0.0.1"], ["10.244.1.0/24"]), B, enable_ipv6=False).state,
+    "services": asking(A, B, vips=Vips(ONE, ONE), **EXTERNAL).state,
+    "other services": asking(A, B, vips=Vips(TWO, ONE | TWO), **EXTERNAL).state,
+    "reflector": asking(SERVER, CLIENT, vips=Vips(TWO, TWO), **EXTERNAL).state,
     "other asn": asking(A, B, cluster_asn=65001).state,
 }
 
@@ -97,6 +105,45 @@ def test_a_plan_ends_at_what_was_wanted(before: str, after: str) -> None:
     for _ in range(2):  # a replaced daemon begins anew
         state = run(state, diff(state, STATES[after]))
     assert state == STATES[after]
+
+
+PROBES = ("0.0.0.0/0", "::/0", "203.0.113.7/32", "203.0.113.8/32", "10.244.1.0/24", "10.0.0.0/8", "198.51.100.0/24")
+
+
+def passing(state: BgpState) -> set[tuple[str, str, str]]:
+    """What may pass in a state, to a peer and from it."""
+    taken = {
+        ("from", address, prefix)
+        for prefix in PROBES
+        for address in state.neighbors
+        if accepts(decision(state.policies, state.import_, state.policies.import_, prefix, address))
+    }
+    return taken | {("to", address, prefix) for prefix, address in exported(state)}
+
+
+def exported(state: BgpState) -> set[tuple[str, str]]:
+    """(path, peer) of what peers may get in a state."""
+    return {
+        (prefix, address)
+        for prefix in state.paths
+        for address in state.neighbors
+        if accepts(decision(state.policies, state.export, state.policies.export, prefix, address))
+    }
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(("before", "after"), list(itertools.permutations(["fresh", *STATES], 2)))
+def test_between_two_steps_nothing_passes_that_neither_passes_before_nor_after(
+    before: str, after: str, keep: bool
+) -> None:
+    if after == "fresh":
+        return
+    state = FRESH if before == "fresh" else STATES[before]
+    steps = diff(state, STATES[after], keep=keep).steps
+    ended = run(state, Plan(steps))
+    may = passing(ended) | passing(state)
+    for number in range(1, len(steps)):
+        assert passing(run(state, Plan(steps[:number]))) <= may, steps[number - 1]
 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.permutations(STATES, 2)))
