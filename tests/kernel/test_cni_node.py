@@ -201,7 +201,9 @@ def test_a_deleted_bridge_comes_back_within_a_second(agent: Agent) -> None:
     agent.reconcile(WOKEN)
     agent.namespace.run("ip link delete kube-bridge")
     assert agent.woken()
-    assert agent.reconcile(WOKEN).writes > 0
+    outcome = agent.reconcile(WOKEN)
+    assert outcome.writes > 0
+    assert outcome.counters == {'controller_repairs{what="bridge"}': 1}
     assert links(agent.namespace)["kube-bridge"]["mtu"] == 1450
 
 

@@ -186,43 +186,90 @@ def test_cleanup_says_which_set_somebody_else_still_uses(node: Namespace, backen
     assert node.run("ipset list -n").split() == ["kube-router-node-ips"]
 
 
+ROUTE, SET, RULE = "route", "ipset", "rule"
+BOTH_ROUTES = "ip route show 10.244.2.0/24 proto 17 | grep . && ip -6 route show fd00:244:3::/64 proto 17 | grep ."
 REMOVALS = {
-    "ipv4 route": ("ip route del 10.244.2.0/24", "ip route show 10.244.2.0/24 proto 17"),
-    "ipv6 route": ("ip -6 route del fd00:244:2::/64", "ip -6 route show fd00:244:2::/64 proto 17"),
+    "ipv4 route": ("ip route del 10.244.2.0/24", "ip route show 10.244.2.0/24 proto 17", {ROUTE: 1}),
+    "ipv6 route": ("ip -6 route del fd00:244:2::/64", "ip -6 route show fd00:244:2::/64 proto 17", {ROUTE: 1}),
     "ipv4 next hop": (
         "ip route replace 10.244.2.0/24 via 10.0.0.77 proto 17",
         "ip route show 10.244.2.0/24 via 10.0.0.2 proto 17",
+        {ROUTE: 1},
+    ),
+    "all routes of protocol 17": (
+        "ip route flush proto 17; ip -6 route flush proto 17",
+        BOTH_ROUTES,
+        {ROUTE: 4},
+    ),
+    # As systemd-networkd does at its start with all routes that are not its own (ManageForeignRoutes=yes).
+    "all routes with a next hop": (
+        "ip route flush scope global table main; ip -6 route flush table main proto 17",
+        BOTH_ROUTES,
+        {ROUTE: 4},
     ),
     "link down and up": (
         "ip link set eth0 down; ip link set eth0 up; ip -6 address replace fd00::1/64 dev eth0 nodad",
-        "ip route show 10.244.2.0/24 proto 17",
+        BOTH_ROUTES,
+        {ROUTE: 4},
     ),
-    "ipv4 forward accept": ("iptables-{0} -D FORWARD 2", "iptables-{0} -S FORWARD | grep -e '-o kube-bridge'"),
-    "ipv6 forward chain": ("ip6tables-{0} -F FORWARD", "ip6tables-{0} -S FORWARD | grep -e '-o eth0'"),
-    "ipv4 masquerade": ("iptables-{0} -t nat -F", "iptables-{0} -t nat -S POSTROUTING | grep node-ips"),
-    "ipv6 masquerade": ("ip6tables-{0} -t nat -F", "ip6tables-{0} -t nat -S POSTROUTING | grep node-ips"),
+    "ipv4 forward accept": (
+        "iptables-{0} -D FORWARD 2",
+        "iptables-{0} -S FORWARD | grep -e '-o kube-bridge'",
+        {RULE: 1},
+    ),
+    "ipv6 forward chain": ("ip6tables-{0} -F FORWARD", "ip6tables-{0} -S FORWARD | grep -e '-o eth0'", {RULE: 3}),
+    "ipv4 masquerade": ("iptables-{0} -t nat -F", "iptables-{0} -t nat -S POSTROUTING | grep node-ips", {RULE: 1}),
+    "ipv6 masquerade": ("ip6tables-{0} -t nat -F", "ip6tables-{0} -t nat -S POSTROUTING | grep node-ips", {RULE: 1}),
     "ipv4 set": (
         "ipset flush kube-router-pod-subnets",
         "ipset test kube-router-pod-subnets 10.244.3.9 2>&1 | grep -v NOT",
+        {SET: 1},
     ),
     "ipv6 member": (
         "ipset del inet6:kube-router-node-ips fd00::3",
         "ipset test inet6:kube-router-node-ips fd00::3 2>&1 | grep -v NOT",
+        {SET: 1},
+    ),
+    "both sets of ipv4, and their rule": (
+        "iptables-{0} -t nat -F POSTROUTING; sleep 0.1; "
+        "ipset destroy kube-router-node-ips; ipset destroy kube-router-pod-subnets",
+        "ipset test kube-router-node-ips 10.0.0.2 2>/dev/null && iptables-{0} -t nat -S POSTROUTING | grep node-ips",
+        {RULE: 1, SET: 2},
     ),
 }
 
 
 @pytest.mark.parametrize("what", REMOVALS)
-def test_what_somebody_removes_is_back_within_a_second(node: Namespace, backend: str, what: str) -> None:
-    removal, check = (text.format(backend) for text in REMOVALS[what])
+def test_what_somebody_removes_is_back_within_a_second_told_and_counted(
+    node: Namespace, backend: str, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    removal, check, kinds = REMOVALS[what]
+    removal, check = removal.format(backend), check.format(backend)
     running = RunningDataplane()
     running.reconcile()
     assert node.run(check, check=False).strip()
     running.repair_until(lambda: False, 1.1)  # let the tick see its own writes
+    assert running.repairs == {}, "nothing was lost yet"
+    caplog.clear()
     node.run(removal)
-    assert not node.run(check, check=False).strip() or "link" in what
-    assert running.repair_until(lambda: bool(node.run(check, check=False).strip()), 1.5)
+    assert not node.run(check, check=False).strip()
+    done = lambda: bool(node.run(check, check=False).strip()) and running.repairs == kinds  # noqa: E731
+    assert running.repair_until(done, 1.5), running.repairs
+    told = [line for line in caplog.messages if line.startswith("put back what somebody else took or changed: ")]
+    assert len(told) == len(kinds), told
     assert running.reconcile(Trigger(period=True)).writes == 0
+    assert running.repairs == kinds
+
+
+def test_routes_are_put_back_also_when_nothing_may_be_removed(node: Namespace) -> None:
+    """gobgpd or the API server is away."""
+    running = RunningDataplane()
+    running.reconcile()
+    node.run("ip route flush proto 17; ip -6 route flush proto 17; ipset flush kube-router-pod-subnets")
+    assert running.woken_within(1)
+    assert running.reconcile(Trigger(woken=True), frozenset(), hold=True).failures == ()
+    assert running.repairs[ROUTE] == 4
+    assert node.run(BOTH_ROUTES).strip()
 
 
 def test_the_churn_of_others_wakes_nobody(node: Namespace, backend: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -64,6 +65,8 @@ class RunningDataplane:
     def __post_init__(self) -> None:
         self.dataplane = Dataplane(self.settings)
         self._started = False
+        self.repairs: Counter[str] = Counter()
+        """What was put back so far, by kind."""
 
     def reconcile(
         self, trigger: Trigger | None = None, changed: frozenset[str] | None = None, *, hold: bool = False
@@ -71,7 +74,11 @@ class RunningDataplane:
         """One reconciliation; the first one is the start."""
         trigger = trigger or Trigger(start=not self._started)
         self._started = True
-        return self.dataplane.reconcile(self.nodes[0], self.nodes, self.learned, changed, trigger, hold)
+        outcome = self.dataplane.reconcile(self.nodes[0], self.nodes, self.learned, changed, trigger, hold)
+        for name, count in outcome.counters.items():
+            if name.startswith("controller_repairs"):
+                self.repairs[name.partition('"')[2].rstrip('"}')] += int(count)
+        return outcome
 
     def drain(self) -> bool:
         """Read every waker that is ready; whether one asks for a reconciliation."""

@@ -14,7 +14,15 @@ from kube_router.ipc.replica import Cluster
 from kube_router.workers.cni.desired import DesiredCni, OwnNode, desired_state, own_node
 from kube_router.workers.cni.host import Applied, Host
 from kube_router.workers.cni.names import BRIDGE, PHASE_BRIDGE
-from kube_router.workers.cni.plan import Plan, diff
+from kube_router.workers.cni.plan import (
+    CreateBridge,
+    Plan,
+    SetBridgeMtu,
+    SetBridgeUp,
+    WriteConf,
+    WriteSysctl,
+    diff,
+)
 from kube_router.workers.kernel.filewatch import FileWatch
 from kube_router.workers.kernel.links import LinkMonitor
 from kube_router.workers.linkfacts import Links
@@ -25,6 +33,14 @@ from kube_router.workers.settings import Settings
 
 log = logging.getLogger(__name__)
 
+_KINDS: Mapping[type, str] = {
+    CreateBridge: "bridge",
+    SetBridgeUp: "bridge",
+    SetBridgeMtu: "bridge",
+    WriteSysctl: "sysctl",
+    WriteConf: "cni-file",
+}
+"""What a repair is counted as; one of a kind in each reconciliation."""
 PERIOD_SECONDS = 60.0
 """Of the background check; foreign changes of the bridge and of the file are heard of at once."""
 
@@ -44,6 +60,8 @@ class CniController:
         self._file = _watch_file(settings.cni_conf_file)
         self._overlaps: tuple[Problem, ...] = ()
         self._module_refused: str | None = None
+        self._done: DesiredCni | None = None
+        """What the host was last brought to without a failure."""
 
     def wakers(self) -> Mapping[int, Callable[[], bool]]:
         """Links and addresses that matter here, and the configuration file."""
@@ -79,7 +97,11 @@ class CniController:
             links = self._host.observe_links()
         except OSError as error:
             return Outcome(failures=(Failure(PHASE_BRIDGE, f"links cannot be listed: {error.strerror}"),))
-        plan, applied = self._mend(own, links, load_modules=trigger.start or trigger.period)
+        desired = desired_state(own, links, self._settings)
+        plan, applied = self._mend(own, desired, links, load_modules=trigger.start or trigger.period)
+        failures = (*plan.failures, *applied.failures)
+        repairs = _repairs(plan) if desired == self._done and not failures else {}
+        self._done = None if failures else desired
         # As seen *before* the steps: what changed since then, by whomever, wakes the next reconciliation.
         self._follow(own, links)
         problems = (*(own.facts.problems if own.facts else ()), *self._overlaps)
@@ -87,14 +109,15 @@ class CniController:
         warnings += [text for text in (applied.mtu_refused, self._module_refused) if text is not None]
         return Outcome(
             writes=applied.writes,
-            failures=(*plan.failures, *applied.failures),
+            failures=failures,
             warnings=tuple(warnings),
+            counters={f'controller_repairs{{what="{what}"}}': float(count) for what, count in repairs.items()},
             notices=tuple(_notice(node, problem) for problem in problems) if node is not None else (),
         )
 
-    def _mend(self, own: OwnNode, links: Links, load_modules: bool) -> tuple[Plan, Applied]:
+    def _mend(self, own: OwnNode, desired: DesiredCni, links: Links, load_modules: bool) -> tuple[Plan, Applied]:
         """Plan and apply; a second time, on what the kernel allows, when it refused the MTU or a module."""
-        plan = self._plan(desired_state(own, links, self._settings), links, load_modules)
+        plan = self._plan(desired, links, load_modules)
         applied = self._apply(plan)
         if load_modules:
             self._module_refused = applied.module_refused
@@ -131,6 +154,14 @@ class CniController:
         facts = [node_facts(node, self._settings.families) for node in cluster.nodes.values()]
         overlaps = overlapping_pod_cidrs(facts)
         return tuple(overlap.problem for overlap in overlaps if overlap.involves(self._settings.node_name))
+
+
+def _repairs(plan: Plan) -> Mapping[str, int]:
+    """What somebody else changed and this plan puts back, by kind; told in one line."""
+    kinds = [_KINDS[type(step)] for step in plan.steps if type(step) in _KINDS]
+    if kinds:
+        log.warning("put back what somebody else took or changed: %s", "; ".join(map(str, plan.steps)))
+    return dict.fromkeys(kinds, 1)
 
 
 def _watch_file(path: str) -> FileWatch | None:

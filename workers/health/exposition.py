@@ -40,6 +40,7 @@ HELP = {
     "controller_policy_ipset_v4_restore_time": "Seconds to write IPv4 sets",
     "controller_policy_ipset_v6_restore_time": "Seconds to write IPv6 sets",
     "controller_policy_ipsets": "Sets of network policies in both families",
+    "controller_repairs": "Things that somebody else took away or altered and that were put back, by kind",
     "controller_routes_sync_time": "Seconds for a sync of the node and pod sets",
     "healthy": "Whether /healthz answers with success",
     "host_routes_added": "Kernel routes written",

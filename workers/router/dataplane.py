@@ -7,6 +7,7 @@ reports as changed by somebody else (`foreign.py`); otherwise one change costs w
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,12 +28,15 @@ from kube_router.workers.router.foreign import ForeignChanges, Suspects
 from kube_router.workers.router.leaving import Leaving
 from kube_router.workers.router.overlay import Drivers as OverlayDrivers
 from kube_router.workers.router.overlay import OverlaySync, kernel_drivers
+from kube_router.workers.router.repairs import Repairs
 from kube_router.workers.router.routes import Decision, Surroundings, surroundings
 from kube_router.workers.router.routesync import RouteSync
 from kube_router.workers.router.rulesync import RuleSync, SetSync
 from kube_router.workers.router.tunnels import other_addresses
 from kube_router.workers.runtime import Trigger
 from kube_router.workers.settings import Settings
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +63,10 @@ class Dataplane:
         self._rule_driver: RuleDriver | None = None
         self._rule_sync: RuleSync | None = None
         overlay = drivers.overlay()
-        self._overlay = OverlaySync(settings, overlay)
-        self._route_sync, self._set_sync = RouteSync(self._route_driver, self._overlay), SetSync(self._set_driver)
+        self._repairs = Repairs()
+        self._overlay = OverlaySync(settings, overlay, self._repairs)
+        self._route_sync = RouteSync(self._route_driver, self._overlay, self._repairs)
+        self._set_sync = SetSync(self._set_driver, self._repairs)
         self._foreign = ForeignChanges(
             {self._route_driver.portid, *overlay.portids},
             self._route_sync.concerns,
@@ -131,6 +137,10 @@ class Dataplane:
         if self._rule_driver is not None and not hold_deletions and not result.failures:
             result.writes += self._leaving.sync(self._rule_driver, self._set_driver)
         result.warnings += self._leaving.warnings
+        counters, lines = self._repairs.take()
+        result.counters |= counters
+        for line in lines:
+            log.warning("%s", line)
         return result.outcome()
 
     def _sync_links(self, own: NodeFacts, suspects: Suspects, result: Collected) -> None:
@@ -172,7 +182,7 @@ class Dataplane:
         try:
             if self._rule_driver is None or self._rule_sync is None:
                 self._rule_driver = self._drivers.rules(find_programs())
-                self._rule_sync = RuleSync(self._rule_driver)
+                self._rule_sync = RuleSync(self._rule_driver, self._repairs)
         except IptablesError as error:
             result.failures.append(Failure("iptables", str(error)))
             return

@@ -6,10 +6,11 @@ left out; the others do not suffer.
 Sessions between nodes (``--enable-ibgp``): every node with every other, from primary address to primary address, both
 families over the one session; with route reflectors as in ``reflectors.py``. Where the primary addresses are of
 different families (a node has lost its address of one), both sides take the first family that both have. A session
-keeps a family that the other node has lost: it does no harm, and another set of families would be another session. With ``--nodes-full-mesh`` the peer's AS
-number is left open (0): every node has the cluster's, and one that is being moved to another AS number keeps its
-session meanwhile. The address already says who the peer is. Without full mesh, only nodes with the same
-``kube-router.io/node.asn`` pair up, and the number is fixed.
+keeps a family that the other node has lost: it does no harm, and another set of families would be another session.
+
+With ``--nodes-full-mesh`` the peer's AS number is left open (0): every node has the cluster's, and one that is being
+moved to another AS number keeps its session meanwhile. The address already says who the peer is. Without full mesh,
+only nodes with the same ``kube-router.io/node.asn`` pair up, and the number is fixed.
 """
 
 from __future__ import annotations

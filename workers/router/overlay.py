@@ -24,6 +24,7 @@ from kube_router.workers.routefacts import Route
 from kube_router.workers.router import portsync, routetable, tunnelsync
 from kube_router.workers.router.collected import Collected
 from kube_router.workers.router.portsync import PortSync, keep_record
+from kube_router.workers.router.repairs import Repairs
 from kube_router.workers.router.routetable import RouteTable
 from kube_router.workers.router.tunnels import Overlay, is_our_host, overlay_host, plan_rules, wanted_ports
 from kube_router.workers.router.tunnelsync import TunnelSync
@@ -83,12 +84,15 @@ def kernel_drivers() -> Drivers:
 class OverlaySync:
     """The overlay of one node."""
 
-    def __init__(self, settings: Settings, drivers: Drivers) -> None:
-        self._settings, self._drivers = settings, drivers
-        self._tunnels, self._hosts = TunnelSync(drivers.tunnels), RouteTable(drivers.hosts)
+    def __init__(self, settings: Settings, drivers: Drivers, repairs: Repairs | None = None) -> None:
+        self._settings, self._drivers, self._repairs = settings, drivers, repairs or Repairs()
+        self._tunnels = TunnelSync(drivers.tunnels, self._repairs)
+        self._hosts = RouteTable(drivers.hosts, self._repairs)
         self._ports = PortSync(drivers.fou, settings.state_dir, drivers.load_fou, drivers.keep_record)
         self._around: Overlay | None = None
         self._rules: tuple[PodRule, ...] | None = None
+        self._known_rules: tuple[PodRule, ...] = ()
+        """The rules as they were read last, also after they have become doubtful."""
         self._pod_cidrs: tuple[IPNetwork, ...] = ()
         self._fresh = True
 
@@ -191,13 +195,16 @@ class OverlaySync:
         wanted = self._pod_cidrs if self._around is not None else ()
         plan = plan_rules(self._rules, wanted, self._pod_cidrs, hold=hold)
         if not plan:
+            self._known_rules = self._rules
             return
         self._rules = None
         refused = self._drivers.rules.apply(plan)
         result.writes += len(plan) - len(refused)
         result.failures += [Failure(RULES, f"rule {rule}: {error.strerror}") for rule, error in refused.items()]
+        back = [rule for rule in plan.add if rule in self._known_rules and rule not in refused]
+        self._repairs.add("pod-rule", *map(str, back))
         if not refused:
-            self._rules = self._drivers.rules.observe()
+            self._rules = self._known_rules = self._drivers.rules.observe()
 
     def tunnel_matters(self, event: TunnelEvent) -> bool:
         """Whether a change of a tunnel device asks for a new look."""

@@ -15,6 +15,7 @@ from typing import Protocol
 from kube_router.workers.kernel.routes import AppliedRoutes, KernelRoute, describe
 from kube_router.workers.model import Failure
 from kube_router.workers.routefacts import Route
+from kube_router.workers.router.repairs import Repairs
 from kube_router.workers.router.routes import Decider, Decision, Surroundings, refusals
 from kube_router.workers.router.routetable import Routes, RouteTable
 from kube_router.workers.router.tunnels import overlay_host
@@ -43,14 +44,14 @@ class SyncedRoutes:
 class RouteSync:
     """The routes of one node: `decide`, and then `apply`, so that tunnels can be made in between."""
 
-    def __init__(self, driver: Routes, tunnels: Tunnels | None = None) -> None:
+    def __init__(self, driver: Routes, tunnels: Tunnels | None = None, repairs: Repairs | None = None) -> None:
         self._tunnels = tunnels
         self._users: Counter[str] = Counter()
         """Routes by the tunnel that they need, told by its far end."""
         self._decider = Decider(Surroundings())
         self._next_hops: dict[str, str] = {}
         self._decisions: dict[str, Decision] = {}
-        self._table = RouteTable(driver)
+        self._table = RouteTable(driver, repairs)
 
     def sync(
         self,

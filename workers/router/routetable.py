@@ -13,6 +13,7 @@ from typing import Protocol
 from kube_router.workers.delta import DeltaTracker
 from kube_router.workers.kernel.routes import PROTOCOL, AppliedRoutes, KernelRoute, RouteFailure
 from kube_router.workers.routefacts import ActualRoutes, Prefix, Route, RoutePlan, Stray
+from kube_router.workers.router.repairs import Repairs
 from kube_router.workers.router.routes import plan_routes
 
 _TRIES = 2
@@ -32,14 +33,16 @@ class Routes(Protocol):
 class RouteTable:
     """The routes of ours in one table."""
 
-    def __init__(self, driver: Routes) -> None:
-        self._driver = driver
+    def __init__(self, driver: Routes, repairs: Repairs | None = None) -> None:
+        self._driver, self._repairs = driver, repairs or Repairs()
         self._routes: DeltaTracker[Prefix, Route] = DeltaTracker()
         self._observed = False
         self._strays: tuple[Stray, ...] = ()
         self._foreign: frozenset[Prefix] = frozenset()
         self._doubtful: set[Prefix] = set()
         """Where somebody else's routes came or went since the last observation."""
+        self._lost: set[Prefix] = set()
+        """Wanted routes that were there and were not any more."""
 
     @property
     def desired(self) -> Mapping[Prefix, Route]:
@@ -86,6 +89,7 @@ class RouteTable:
             if not any(failure.error.errno == errno.EEXIST for failure in failures):
                 break
             self._observed = False  # somebody has a route there that was not known
+        self._lost &= self._routes.desired.keys()
         return AppliedRoutes(added, removed, failures)
 
     def plan(self, hold_deletions: bool = False, without: Container[str] = ()) -> RoutePlan:
@@ -112,6 +116,12 @@ class RouteTable:
     def _observe(self) -> None:
         self._doubtful.clear()
         actual = self._driver.observe()
+        known, desired = self._routes.actual, self._routes.desired
+        self._lost.update(
+            prefix
+            for prefix, route in known.items()
+            if actual.ours.get(prefix) != route and desired.get(prefix) == route
+        )
         self._routes.replace_actual(actual.ours)
         self._strays, self._foreign = actual.strays, actual.foreign
         self._observed = True
@@ -130,6 +140,9 @@ class RouteTable:
                 self._routes.delete_actual(prefix)
             else:
                 self._routes.applied(prefix)
+                if prefix in self._lost:
+                    self._lost.discard(prefix)
+                    self._repairs.add("route", f"{prefix} {self._routes.actual[prefix]}")
         if plan.strays:
             self._strays = tuple(stray for stray in plan.strays if stray.prefix in refused)
         return applied

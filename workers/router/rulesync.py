@@ -22,6 +22,7 @@ from kube_router.workers.router.egress import (
     plan_egress,
     plan_forward,
 )
+from kube_router.workers.router.repairs import Repairs
 from kube_router.workers.rulefacts import Members, RulePlan, RuleText, SetPlan, SetSpec, plan_set
 
 
@@ -47,8 +48,8 @@ class Sets(Protocol):
 class SetSync:
     """The two egress sets of each family."""
 
-    def __init__(self, driver: Sets) -> None:
-        self._driver = driver
+    def __init__(self, driver: Sets, repairs: Repairs | None = None) -> None:
+        self._driver, self._repairs = driver, repairs or Repairs()
         self.believed: dict[SetSpec, Members] = {}
         """What each set holds, as far as this process knows; a set that is missing here is read first."""
 
@@ -66,7 +67,8 @@ class SetSync:
         return writes, failures
 
     def _sync_set(self, spec: SetSpec, desired: Members, observe: bool, hold: bool) -> int:
-        actual = None if observe else self.believed.get(spec)
+        known = self.believed.get(spec)
+        actual = None if observe else known
         if actual is None:
             self.believed.pop(spec, None)
             actual = self._driver.observe(spec)
@@ -75,16 +77,20 @@ class SetSync:
             self.believed.pop(spec, None)
             self._driver.apply(plan)
         self.believed[spec] = plan.result
+        if plan and known is not None and actual != known:
+            self._repairs.add("ipset", f"{spec.name} (it was gone)" if actual is None else spec.name)
         return len(plan)
 
 
 class RuleSync:
     """The masquerade rule and the FORWARD accepts of each family."""
 
-    def __init__(self, driver: Rules) -> None:
-        self._driver = driver
+    def __init__(self, driver: Rules, repairs: Repairs | None = None) -> None:
+        self._driver, self._repairs = driver, repairs or Repairs()
         self._forward: dict[Family, tuple[tuple[RuleText, ...], bool]] = {}
         self._egress: dict[Family, RuleText | None] = {}
+        self._asserted: dict[tuple[Family, str], tuple[RuleText, ...]] = {}
+        """What was there after the last success, by family and table, also when it is not known any more."""
 
     def sync_forward(self, family: Family, node_interface: str, *, observe: bool, hold_deletions: bool) -> int:
         """Assert the FORWARD accepts; rules written. Raises `IptablesError`."""
@@ -98,6 +104,7 @@ class RuleSync:
         plan = plan_forward(family, actual, wanted, hold_deletions=hold)
         self._driver.apply(plan)
         self._forward[family] = (wanted, hold)
+        self._note(plan, wanted)
         return len(plan)
 
     def sync_egress(self, family: Family, enabled: bool, *, observe: bool) -> int:
@@ -109,7 +116,15 @@ class RuleSync:
         plan = plan_egress(family, self._driver.observe(family, *POSTROUTING), wanted)
         self._driver.apply(plan)
         self._egress[family] = wanted
+        self._note(plan, () if wanted is None else (wanted,))
         return len(plan)
+
+    def _note(self, plan: RulePlan, wanted: tuple[RuleText, ...]) -> None:
+        """Count the rules that were there before."""
+        before = self._asserted.get((plan.family, plan.table), ())
+        back = [step for step in plan.steps if step.verb != "delete" and step.rule in before]
+        self._repairs.add("rule", *(f"{plan.family} {plan.table} {step.chain}: {step.rule}" for step in back))
+        self._asserted[plan.family, plan.table] = wanted
 
     def sync(
         self,

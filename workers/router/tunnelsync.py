@@ -11,6 +11,7 @@ from typing import Protocol
 
 from kube_router.workers.delta import DeltaTracker
 from kube_router.workers.kernel.tunnels import TunnelEvent, TunnelFailure
+from kube_router.workers.router.repairs import Repairs
 from kube_router.workers.router.tunnels import Overlay, choose_name, is_ours, plan_tunnels
 from kube_router.workers.tunnelfacts import Tunnel, TunnelPlan
 
@@ -26,8 +27,10 @@ class Devices(Protocol):
 class TunnelSync:
     """The tunnels of one node."""
 
-    def __init__(self, driver: Devices) -> None:
-        self._driver = driver
+    def __init__(self, driver: Devices, repairs: Repairs | None = None) -> None:
+        self._driver, self._repairs = driver, repairs or Repairs()
+        self._lost: set[str] = set()
+        """Wanted devices that were there and were not any more."""
         self._around: Overlay | None = None
         self._devices: DeltaTracker[str, Tunnel] = DeltaTracker()
         self._foreign: dict[str, Tunnel] = {}
@@ -73,6 +76,7 @@ class TunnelSync:
         self._foreign = {name: tunnel for name, tunnel in seen.items() if name not in ours}
         self._kinds = kinds
         self.observed = True
+        self._lost |= (before - ours.keys()) & self._devices.desired.keys()
         return not before <= ours.keys()
 
     def claim(self, remote: str) -> str:
@@ -115,6 +119,9 @@ class TunnelSync:
             else:
                 self._devices.set_actual(name, tunnel)
         self._added += sum(name not in refused for name, _ in plan.add)
+        back = self._lost.intersection(name for name, _ in plan.add if name not in refused)
+        self._lost -= back
+        self._repairs.add("tunnel", *sorted(back))
         self._changed += sum(name not in refused for name, _ in plan.change)
         return failures
 
