@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,8 +19,10 @@ from support.namespaces import Namespace, namespaces
 from kube_router.ipc.messages import EndpointSlice, Kind, Node, Service, SourceState
 from kube_router.ipc.replica import Changes, Cluster
 from kube_router.workers.model import Family, Outcome
+from kube_router.workers.router import bgp
 from kube_router.workers.router.bgpstate import OPEN, BgpState, Neighbor, Speaker
 from kube_router.workers.router.controller import RouterController
+from kube_router.workers.router.gobgp import client
 from kube_router.workers.runtime import Trigger
 from kube_router.workers.settings import Secrets, Settings
 
@@ -171,3 +176,33 @@ def test_each_half_works_while_the_other_fails(pair: tuple[Driven, Outsider, Dae
     bgp.reconcile = peers
     driven.reconcile(retry=True)
     assert driven.outcome.failures == ()
+
+
+@pytest.mark.parametrize("pair", [4], indirect=True, ids=["gobgpd4"])
+def test_a_gobgpd_that_hangs_is_told_in_one_line_and_keeps_nothing_else_from_work(
+    pair: tuple[Driven, Outsider, Daemon], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "CALL_SECONDS", 1.0)
+    monkeypatch.setattr(bgp, "STUCK_SECONDS", 2.0)
+    driven, other, daemon = pair
+    driven.reconcile()
+    until(driven, other, lambda: driven.routes() == THEIRS and not driven.asked[-1][1], "routes in the kernel")
+    os.kill(daemon.pid, signal.SIGSTOP)
+    try:
+        # Another node changes: BGP would have to do something.
+        driven.nodes = {**driven.nodes, "c": node("c", ["10.0.0.3"], ["10.244.3.0/24"])}
+        driven.reconcile({"nodes": {"c": (None, driven.nodes["c"])}})
+        (failure,) = driven.outcome.failures
+        assert failure.phase == "bgp-daemon" and "does not answer: stopped or overloaded" in failure.text
+        driven.namespace.run("ip route flush proto 17; ip -6 route flush proto 17")
+        began = time.monotonic()
+        wait_for(lambda: driven.routes() == THEIRS, 5, "routes are repaired", driven)  # type: ignore[arg-type]
+        assert time.monotonic() - began < 2, "the other half hardly waits"
+        assert len(driven.outcome.failures) == 1
+    finally:
+        os.kill(daemon.pid, signal.SIGCONT)
+    until(driven, other, lambda: driven.outcome.failures == (), "it goes on")
+    assert driven.routes() == THEIRS and other.established("10.0.0.1")
+    bgp_half: Any = driven.controller._bgp
+    assert "10.0.0.3" in bgp_half._believed.neighbors
+    assert daemon.starts == 1

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import os
 import select
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,19 +22,11 @@ from kube_router.workers.model import Failure, Outcome
 from kube_router.workers.nodefacts import NodeFacts
 from kube_router.workers.router import names
 from kube_router.workers.router.bgpsessions import Sessions
-from kube_router.workers.router.bgpstate import BgpState, Policies, Speaker, is_host_prefix
+from kube_router.workers.router.bgpstate import BgpState, Policies, Speaker
 from kube_router.workers.router.desired import DesiredBgp
-from kube_router.workers.router.gobgp.client import Client, GobgpError, connect
+from kube_router.workers.router.gobgp.client import CONNECT_SECONDS, Client, GobgpError, connect
 from kube_router.workers.router.gobgp.watch import Taken, Watch
-from kube_router.workers.router.plan import (
-    AddPath,
-    Plan,
-    RemovePath,
-    ReplaceDaemon,
-    StartSpeaker,
-    diff,
-    kept,
-)
+from kube_router.workers.router.plan import Plan, ReplaceDaemon, StartSpeaker, advertisements, diff, kept
 from kube_router.workers.router.rib import Rib
 from kube_router.workers.router.vips import Vips
 from kube_router.workers.router.wish import wished
@@ -54,7 +45,7 @@ TABLE_SECONDS = 1.0
 QUIET_SECONDS = 1.0
 """No event for so long, with all sessions up, means that the peers have sent what they have."""
 STUCK_SECONDS = 5.0
-"""A gobgpd that is there and does not answer is tried again so long after."""
+"""A gobgpd that is there and does not answer is asked again so long after, for CONNECT_SECONDS."""
 
 
 @dataclass(slots=True)
@@ -89,6 +80,8 @@ class Bgp:
         self._complete = False
         self._settled = False
         self._restarted_for: Speaker | None = None
+        self._stuck_until: float | None = None
+        self._interrupted = False
         self._asn = 0
         self._sessions = Sessions(settings, self._clock)
         now = self._clock.monotonic()
@@ -201,7 +194,7 @@ class Bgp:
         if self._client is not None:
             self._client.close()
             self._away_since = self._clock.monotonic()
-        self._client = self._watch = self._believed = None
+        self._client = self._watch = self._believed = self._stuck_until = None
         self._complete = self._settled = False
         self._end_of_init_at = None
         self._sessions.forget()
@@ -233,19 +226,38 @@ class Bgp:
         work = _Work()
         self.listen()
         try:
-            if self._attach(work):
+            if self._attach(work) and self._answers(work):
                 assert self._client is not None
                 due = compare or observe or keep != self._compared_with_keep or self._watch is None
                 self._read_table(self._client)
-                if due or (retry and self._failures):
+                if due or self._interrupted or (retry and self._failures):
                     self._compare(self._client, own_node, own, nodes, vips, observe, keep, work)
                 self._look_at_sessions(self._client, work)
         except GobgpError as error:
-            self._detach()
+            if error.stuck and self._watch is not None:
+                self._stuck_until = self._clock.monotonic() + STUCK_SECONDS
+                self._believed, self._interrupted = None, True  # what was being done may have been done
+            else:
+                self._detach()
             if not error.gone:
                 self._failures = (Failure("bgp-daemon", f"gobgpd: {error}"),)
-            work.retries.append(RECONNECT_FIRST_SECONDS)
+            work.retries.append(STUCK_SECONDS if error.stuck else RECONNECT_FIRST_SECONDS)
         return self._outcome(own, work)
+
+    def _answers(self, work: _Work) -> bool:
+        """False while a gobgpd that did not answer is left alone; raises `GobgpError` when it still does not.
+
+        The event stream stays open: what gobgpd has done meanwhile comes in when it goes on.
+        """
+        if self._stuck_until is None or self._client is None:
+            return True
+        now = self._clock.monotonic()
+        if now < self._stuck_until:
+            work.retries.append(self._stuck_until - now)
+            return False
+        self._client.ask(CONNECT_SECONDS)
+        self._stuck_until, self._failures = None, ()
+        return True
 
     def _read_table(self, client: Client) -> None:
         """Begin to watch a daemon that is already running, and wait for its table: it says what originates here."""
@@ -280,7 +292,7 @@ class Bgp:
         plan = diff(actual, wanted, keep=keep, learned=self._rib.routes if self._complete else None)
         if keep and actual.speaker is not None:
             wanted = kept(actual, wanted)
-        self._compared_with_keep = keep
+        self._compared_with_keep, self._interrupted = keep, False
         began = self._clock.monotonic()
         self._failures = self._refuse_loop(plan, actual) or self._apply(client, plan, wanted.policies, work)
         if plan.steps:
@@ -334,7 +346,7 @@ class Bgp:
         work.writes += done
         if plan.steps:
             self._sessions.applied(plan, failed=bool(failures))
-        for kind, number in _advertisements(plan, policies).items():
+        for kind, number in advertisements(plan, policies).items():
             work.counters[f'controller_bgp_advertisements_sent{{type="{kind}"}}'] = number
         return failures
 
@@ -377,16 +389,3 @@ class Bgp:
             sessions=self._sessions.seen,
             retry_after=min(work.retries) if work.retries else None,
         )
-
-
-def _advertisements(plan: Plan, policies: Policies) -> Mapping[str, int]:
-    """How much the steps of a plan announce and withdraw, by the type that kube-router's metric gives it."""
-    sent: Counter[str] = Counter()
-    pods = {item.prefix for name in names.POD_CIDR_SETS.values() for item in policies.prefix_sets.get(name, ())}
-    for step in plan.steps:
-        match step:
-            case AddPath(prefix):
-                sent["pod-route" if prefix in pods else "advertise-vip"] += 1
-            case RemovePath(prefix) if is_host_prefix(prefix):
-                sent["withdraw-vip"] += 1
-    return sent

@@ -8,7 +8,8 @@ paths → peers that come. A path or a peer is never there without the policies 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from kube_router.workers.router import names
@@ -21,6 +22,7 @@ from kube_router.workers.router.bgpstate import (
     Policies,
     PrefixRange,
     Speaker,
+    is_host_prefix,
     same_session,
 )
 from kube_router.workers.router.effects import effects
@@ -350,3 +352,16 @@ def _some(items: Sequence[str]) -> str:
 
 def _text(value: object) -> str:
     return "+".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value) or "none"
+
+
+def advertisements(plan: Plan, policies: Policies) -> Mapping[str, int]:
+    """How much the steps of a plan announce and withdraw, by the type that kube-router's metric gives it."""
+    sent: Counter[str] = Counter()
+    pods = {item.prefix for name in names.POD_CIDR_SETS.values() for item in policies.prefix_sets.get(name, ())}
+    for step in plan.steps:
+        match step:
+            case AddPath(prefix):
+                sent["pod-route" if prefix in pods else "advertise-vip"] += 1
+            case RemovePath(prefix) if is_host_prefix(prefix):
+                sent["withdraw-vip"] += 1
+    return sent

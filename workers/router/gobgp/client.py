@@ -338,13 +338,13 @@ class Client:
     def _method(self, name: str) -> str:
         return f"/{self.dialect.service}/{name}"
 
-    def _call(self, name: str, request: Any, reply: Any = None, seconds: float = CALL_SECONDS) -> Any:
+    def _call(self, name: str, request: Any, reply: Any = None, seconds: float | None = None) -> Any:
         call = self._channel.unary_unary(
             self._method(name),
             request_serializer=_serialize,
             response_deserializer=(reply or self._messages.Empty).FromString,
         )
-        return self._raising(lambda: call(request, timeout=seconds))
+        return self._raising(lambda: call(request, timeout=seconds or CALL_SECONDS))
 
     def _stream(self, name: str, reply: Any) -> Any:
         return self._channel.unary_stream(
