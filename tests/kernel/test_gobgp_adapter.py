@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,6 +170,27 @@ def test_a_refused_step_fails_alone_and_is_named(client: Client) -> None:
     (failure,) = failures
     assert failure.phase == "bgp-peers" and "10.0.0.2" in failure.text
     assert "10.0.0.9" in client.observe().neighbors
+
+
+def test_many_paths_go_in_one_call_and_by_themselves_when_that_is_refused(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply(client, STATES["alone"])
+    inner, calls = client._add_paths, []
+
+    def refusing_many(paths: Sequence[tuple[str, str]]) -> None:
+        calls.append(len(paths))
+        if len(paths) == 50:
+            raise GobgpError("one of them is bad")
+        inner(paths)
+
+    monkeypatch.setattr(client, "_add_paths", refusing_many)
+    first = tuple(AddPath(f"198.51.100.{number}/32", "10.0.0.1") for number in range(40))
+    assert client.apply(Plan(first)) == (40, ())
+    second = tuple(AddPath(f"203.0.113.{number}/32", "10.0.0.1") for number in range(50))
+    assert client.apply(Plan(second)) == (50, ())
+    assert calls == [40, 50, *(1,) * 50]
+    assert {step.prefix for step in first + second} <= client.observe().paths.keys()
 
 
 def test_no_peer_comes_in_when_its_policies_could_not_be_set(client: Client) -> None:

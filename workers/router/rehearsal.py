@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kube_router.workers.kernel.fou import FouDriver
-from kube_router.workers.kernel.ipset import SetDriver
 from kube_router.workers.kernel.iprules import PodRuleDriver
+from kube_router.workers.kernel.ipset import SetDriver
 from kube_router.workers.kernel.iptables import Programs, RuleDriver
 from kube_router.workers.kernel.netlink import NetlinkError
 from kube_router.workers.kernel.routes import AppliedRoutes, RouteDriver

@@ -12,7 +12,7 @@ import os
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,11 +170,13 @@ class Client:
         """
         done, failures = 0, []
         closed = False
+        together = self._originate(plan.steps)
         for step in plan.steps:
             if closed and isinstance(step, (Assign, AddPath, Retract, AddNeighbor, ReplaceNeighbor, SendAgain)):
                 continue
             try:
-                self.apply_step(step)
+                if not (isinstance(step, AddPath) and next(together)):
+                    self.apply_step(step)
                 done += 1
             except GobgpError as error:
                 if error.gone or error.stuck:
@@ -184,6 +186,23 @@ class Client:
                     break
                 closed = closed or isinstance(step, SetPolicies | ChangeSet | Assign)
         return done, tuple(failures)
+
+    def _originate(self, steps: Sequence[Step]) -> Iterator[bool]:
+        """For each AddPath of a plan, when it comes to it: whether that is done already.
+
+        The first of many originates all of them in one call: a hundred times as fast as one by one. If gobgpd refuses
+        that, each is tried by itself, and fails by itself.
+        """
+        paths = [(step.prefix, step.next_hop) for step in steps if isinstance(step, AddPath)]
+        together = False
+        if len(paths) > 1:
+            try:
+                self._add_paths(paths)
+                together = True
+            except GobgpError as error:
+                if error.gone or error.stuck:
+                    raise
+        yield from (together for _ in paths)
 
     def apply_step(self, step: Step) -> None:
         """Do one step; raises `GobgpError`."""
