@@ -120,6 +120,14 @@ def test_a_reflector_that_hides_pod_cidrs_takes_back_learned_routes_too() -> Non
     assert {step.address for step in diff(hidden, shown).steps if isinstance(step, SendAgain)} == {*OUTSIDE}
 
 
+def test_a_node_that_is_no_reflector_any_more_takes_back_what_it_passed_on() -> None:
+    """From nodes whose session stays as well: those without a role are no clients."""
+    found = effects(state(REFLECTOR), state(), ())
+    assert NODE in found.forget and NODE in found.forget_learned
+    assert found.withdraw == (), "own routes stay with everybody"
+    assert NODE in effects(state(), state(REFLECTOR), ()).send
+
+
 def test_a_node_that_comes_or_goes_ends_no_session_of_a_reflector() -> None:
     two, three = state(REFLECTOR, CLIENT), state(REFLECTOR, CLIENT, CLIENT_C)
     for before, after in ((two, three), (three, two)):

@@ -202,3 +202,18 @@ def test_merging_takes_nothing_away() -> None:
         for neighbor in ("10.0.0.2", "10.0.0.3", "10.0.1.1"):
             assert exported(both, prefix, neighbor) or (neighbor == "10.0.1.1" and prefix == "10.244.7.0/24")
     assert merged(before, before) == before
+
+
+def test_merging_takes_over_no_statement_that_is_not_of_our_kind() -> None:
+    ours = asking(A, B, **FLAGS).state.policies
+    open_to_all = Statement("podcidrdefinedset", "emptied", accept=True)
+    strange = Statement("foreign:whatever:", "", accept=True)
+    for theirs in (open_to_all, strange, Statement("gone", "iBGPpeerset", accept=True)):
+        found = Policies(ours.prefix_sets, ours.neighbor_sets, (*ours.export, theirs), (*ours.import_, theirs))
+        assert merged(found, ours) == ours
+
+
+def test_merging_has_each_statement_once_with_the_new_attributes() -> None:
+    with_communities = node("a", ["10.0.0.1", "2001:db8::1"], A.pod_cidrs, {"node.bgp.communities": "1:1"})
+    before, after = asking(A, B, **FLAGS).state.policies, asking(with_communities, B, **FLAGS).state.policies
+    assert merged(before, after) == after

@@ -179,21 +179,22 @@ def _family(text: str) -> Family:
 def merged(actual: Policies, desired: Policies) -> Policies:
     """Both at once: what a node may do that must not yet take anything away (every set the union of its two).
 
-    A statement that both have is as ``desired`` has it.
+    A statement that both have is as ``desired`` has it. One that only ``actual`` has stays if it is of our kind: one
+    without a set was made by somebody else, and may hold for every neighbour.
     """
-    return Policies(
-        prefix_sets=_union(actual.prefix_sets, desired.prefix_sets),
-        neighbor_sets=_union(actual.neighbor_sets, desired.neighbor_sets),
-        export=_statements(desired.export, actual.export),
-        import_=_statements(desired.import_, actual.import_),
-    )
+    prefix_sets = _union(actual.prefix_sets, desired.prefix_sets)
+    neighbor_sets = _union(actual.neighbor_sets, desired.neighbor_sets)
 
+    def both(first: Iterable[Statement], then: Iterable[Statement]) -> tuple[Statement, ...]:
+        by_name = {statement.name: statement for statement in first}
+        for statement in then:
+            complete = (statement.prefix_set or statement.learned) and statement.neighbor_set in neighbor_sets
+            if complete and (not statement.prefix_set or statement.prefix_set in prefix_sets):
+                by_name.setdefault(statement.name, statement)
+        return tuple(by_name.values())
 
-def _statements(first: Iterable[Statement], then: Iterable[Statement]) -> tuple[Statement, ...]:
-    by_name = {statement.name: statement for statement in first}
-    for statement in then:
-        by_name.setdefault(statement.name, statement)
-    return tuple(by_name.values())
+    export, import_ = both(desired.export, actual.export), both(desired.import_, actual.import_)
+    return Policies(prefix_sets, neighbor_sets, export, import_)
 
 
 def _union(left: Mapping[str, frozenset[T]], right: Mapping[str, frozenset[T]]) -> dict[str, frozenset[T]]:
