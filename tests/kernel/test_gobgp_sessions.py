@@ -25,6 +25,7 @@ from support.bgplab import (
     B,
     C,
     Lab,
+    Witness,
     annotated,
     learned,
     open_lab,
@@ -294,31 +295,37 @@ def test_a_reflector_marks_what_it_passes_on_to_clients(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("lab", [4], indirect=True, ids=["gobgpd4"])
-def test_a_reflector_passes_its_clients_routes_on_and_roles_change_live(lab: Lab) -> None:
-    server, one, two = (
-        annotated(item, {key: "42"}) for item, key in ((A, "rr.server"), (B, "rr.client"), (C, "rr.client"))
-    )
-    a, b, c = (lab.speaker(name) for name in "abc")
-    for speaker in (a, b, c):
-        assert speaker.see(server, one, two).warnings == ()
+def test_nodes_that_become_clients_of_a_reflector_lose_no_route_meanwhile(lab: Lab) -> None:
+    server = annotated(A, {"rr.server": "42"})
+    a, b, c = speakers = tuple(lab.speaker(name) for name in "abc")
+    for speaker in speakers:
+        assert speaker.see(server, B, C).warnings == ()
     wait_for(
         lambda: learned(a, "b", "c")() and learned(b, "a", "c")() and learned(c, "a", "b")(),
         UP_SECONDS,
         "everybody has all routes",
-        a,
-        b,
-        c,
+        *speakers,
     )
-    assert (set(b.states()), set(c.states())) == ({"10.0.0.1"}, {"10.0.0.1"})
-
-    # c is no client any more: only its own session is begun anew.
-    b.bgp.take_changed()
-    began = session(a, "10.0.0.2")
-    for speaker in (a, b, c):
-        speaker.see(server, one, C)
-    wait_for(lambda: learned(c, "a", "b")() and learned(b, "a", "c")(), UP_SECONDS, "c comes back", a, b, c)
-    assert b.bgp.take_changed() <= FROM["c"].keys()
-    assert session(a, "10.0.0.2") == began
+    wait_for(
+        lambda: len(c.states()) == 2 and set(c.states().values()) == {"established"}, UP_SECONDS, "mesh", *speakers
+    )
+    witness = Witness(b.daemon)
+    lab.stack.callback(witness.close)
+    kept = {peer: session(a, peer) for peer in ("10.0.0.2", "10.0.0.3")}
+    for one, two in (
+        (annotated(B, {"rr.client": "42"}), C),
+        (B, C),
+        (annotated(B, {"rr.client": "42"}), annotated(C, {"rr.client": "42"})),
+    ):
+        for speaker in speakers:
+            speaker.see(server, one, two)
+        mesh = one is B
+        wanted = {"10.0.0.1", "10.0.0.3"} if mesh else {"10.0.0.1"}
+        wait_for(lambda: set(b.states()) == wanted, UP_SECONDS, "b's sessions", *speakers)  # noqa: B023
+        assert b.bgp.learned.keys() == {*FROM["a"], *FROM["c"]}
+    wait_for(lambda: learned(b, "a", "c")() and learned(c, "a", "b")(), 5, "all routes", *speakers)
+    assert {peer: session(a, peer) for peer in kept} == kept
+    assert witness.withdrawn == []
 
 
 def test_limit_hold_time_and_bfd_change_without_a_new_session(lab: Lab) -> None:

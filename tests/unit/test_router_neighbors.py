@@ -59,9 +59,10 @@ def test_graceful_restart_reaches_every_peer_and_nobody_waits_long() -> None:
 
 def test_becoming_a_reflector_touches_no_session_for_the_sake_of_a_timer() -> None:
     flags = {"bgp_graceful_restart": True}
-    before = asking(A, B, **flags).state
+    other = node("b", ["10.0.0.2", "2001:db8::2"], B.pod_cidrs, {"rr.server": "1"})
+    before = asking(A, other, **flags).state
     server = node("a", ["10.0.0.1", "2001:db8::1"], A.pod_cidrs, {"rr.server": "1"})
-    steps = diff(before, asking(server, B, **flags).state).steps
+    steps = diff(before, asking(server, other, **flags).state).steps
     assert not any(isinstance(step, AddNeighbor | ReplaceNeighbor | UpdateNeighbor) for step in steps)
 
 

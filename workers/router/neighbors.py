@@ -78,7 +78,7 @@ def internal_neighbors(own: Own, nodes: Sequence[NodeFacts], problems: list[Prob
             continue
         if not reflectors.paired(facts, node):
             continue
-        client = node.reflection is not None and not node.reflection.server
+        server = node.reflection is not None and node.reflection.server
         running = own.actual.neighbors.get(str(remote))
         held = running.families if running is not None else ()
         found[str(remote)] = Neighbor(
@@ -87,7 +87,7 @@ def internal_neighbors(own: Own, nodes: Sequence[NodeFacts], problems: list[Prob
             local_address=str(local),
             remote_port=settings.bgp_port,
             families=tuple(family for family in facts.families if family in node.families or family in held),
-            cluster_id=cluster_id if client else "",
+            cluster_id="" if server else cluster_id,
             graceful_restart=graceful,
             most_prefixes=settings.bgp_max_prefixes,
         )

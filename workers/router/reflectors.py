@@ -11,6 +11,9 @@ client, plain   no: a node without role speaks to the servers
 plain, plain    yes
 =============== ================================================================================
 
+A server reflects for every node that is no server, with or without role: so a node that becomes a client has all routes
+from the servers before it drops its other sessions, and its sessions with them go on.
+
 A client whose cluster id no server has peers with every server, as in kube-router, which never compares ids: a typing
 error costs sessions, not reachability.
 """
