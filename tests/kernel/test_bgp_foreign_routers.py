@@ -28,7 +28,7 @@ from kube_router.workers.router.bgpstate import Speaker as BgpSpeaker
 from kube_router.workers.router.vips import NO_VIPS, Vips
 from kube_router.workers.settings import Settings
 
-SECONDS = 20.0
+SECONDS = 40.0
 GENERATIONS = {"three": 3, "four": 4, "five": 4}
 NUMBERS = {"three": 3, "four": 4, "five": 5}
 V4_ENDS = {name: f"10.0.0.{NUMBERS[name]}" for name in ("three", "four")}
