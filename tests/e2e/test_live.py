@@ -9,8 +9,12 @@ import base64
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
+from threading import Event, Thread
+from time import sleep
 from typing import Any
 
 import pytest
@@ -259,3 +263,89 @@ def test_another_address_replaces_gobgpd_and_moves_the_routes(lab: Lab) -> None:
         output(lab, "node2", "ip", "address", "del", "10.10.1.112/24", "dev", "eth0")
     assert wait_until(lambda: ready(lab), 40)
     assert wait_until(lambda: any(r.startswith("10.244.2.0/24 via 10.10.1.12 ") for r in pod_routes(lab, "node1")), 30)
+
+
+# -- kills -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def storm(lab: Lab) -> Iterator[None]:
+    """Nodes that come, change and go, and routes that an external router announces and withdraws, without a pause."""
+    over = Event()
+
+    def rage() -> None:
+        for turn in count():
+            if over.is_set():
+                return
+            number = 100 + turn % 7
+            manifest = node_manifest(N3)
+            manifest["metadata"] = {"name": f"phantom{number}"}
+            manifest["spec"] = {"podCIDRs": [f"10.245.{turn % 250}.0/24", f"fd00:245:{turn % 250}::/64"]}
+            manifest["status"] = {"addresses": [{"type": "InternalIP", "address": f"10.10.2.{number}"}]}
+            lab.write_manifest(f"phantom{number}", manifest)
+            lab.remove_manifest(f"phantom{100 + (turn + 3) % 7}")
+            if turn % 16 == 0:  # slow enough for a withdrawal to get through before it is taken back
+                announce(lab, "disable" if turn % 32 else "enable")
+            sleep(0.03)
+
+    thread = Thread(target=rage)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        for number in range(100, 107):
+            lab.remove_manifest(f"phantom{number}")
+        announce(lab, "enable")
+
+
+def announce(lab: Lab, word: str) -> None:
+    """``enable`` or ``disable`` what the external router announces."""
+    for family in ("v4", "v6"):
+        command = ["birdc", "-s", str(lab.folder / "external" / "bird.ctl"), word, f"own_{family}"]
+        network.run(lab.namespaces.command("external", command))
+
+
+@contextmanager
+def routes_stay(lab: Lab, node: str, *prefixes: str) -> Iterator[None]:
+    """The kernel tells of no removal of a route to these in between, not even for a moment."""
+    command = lab.namespaces.command(node, ["ip", "monitor", "route"])
+    watcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        yield
+    finally:
+        watcher.terminate()
+        text = watcher.communicate()[0]
+    assert [line for line in text.splitlines() if line.startswith("Deleted") and line.split()[1] in prefixes] == []
+    assert "198.51.100.0/24" in text and "2001:db8:100::/48" in text, "there was no storm of routes"
+
+
+def test_kills_of_router_and_gobgpd_in_a_storm_lose_no_route(lab: Lab) -> None:
+    """Of the other nodes; the kernel's monitor would see it. Afterwards nothing is left to write."""
+    assert wait_until(lambda: ready(lab), 40)
+    with routes_stay(lab, "node1", *N2.pod_cidrs):
+        announce(lab, "disable")  # the monitor does see a route that goes
+        assert wait_until(lambda: "198.51.100.0/24" not in " ".join(pod_routes(lab, "node1")), 20)
+        kill_in_a_storm(lab)
+    assert wait_until(lambda: ready(lab), 40)
+    external = {"198.51.100.0/24", "2001:db8:100::/48"}
+    assert wait_until(lambda: external <= {route.split()[0] for route in pod_routes(lab, "node1")}, 20)
+    pid = int(lab.workers("node1")["router"]["pid"])
+    output(lab, "node1", "supervisorctl", "restart", "router")
+    assert wait_until(lambda: lab.restarted("node1", "router", pid), 20)
+    assert lab.workers("node1")["router"]["writes"] == 0
+
+
+def kill_in_a_storm(lab: Lab) -> None:
+    with storm(lab):
+        for worker, pause in (("router", 0.3), ("router", 0.2), ("gobgpd", 0.1), ("router", 1.1), ("gobgpd", 0.5)):
+            pid = int(lab.workers("node1")[worker]["pid"])
+            sleep(pause)
+            os.kill(pid, signal.SIGKILL)
+            assert wait_until(lambda w=worker, p=pid: other_process(lab, w, p), 15)  # type: ignore[misc]
+        assert wait_until(lambda: len(connections(lab)["node1"]) == 4, 30)
+
+
+def other_process(lab: Lab, worker: str, before: int) -> bool:
+    return lab.workers("node1").get(worker, {}).get("pid") not in (None, 0, before)
