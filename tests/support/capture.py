@@ -27,9 +27,9 @@ _GUE = struct.Struct("!BBH")
 class Packet:
     """One IP header and what follows; ``inner`` is the packet in it if it is a tunnel's.
 
-    ``protocol`` is that of the payload, IPv6's extension headers skipped (they are in ``extensions``); ``port`` the UDP
-    or TCP destination port; ``mss`` the TCP option; ``fragment``: a part of a packet. ``size`` in bytes, header
-    included; of a received UDP tunnel's packet it says nothing (the kernel takes the headers off in place). ``sent``: by this
+    ``protocol`` is that of the payload, IPv6's extension headers skipped (they are in ``extensions``); ``port`` the
+    destination port of UDP or TCP; ``mss`` the TCP option; ``fragment``: a part of a packet. ``size`` in bytes with
+    header; of a received UDP tunnel's packet it says nothing: the kernel takes headers off in place. ``sent``: by this
     interface.
     """
 
@@ -96,7 +96,7 @@ class Capture:
 
     def packets(self) -> list[Packet]:
         """What came and went since the last call."""
-        found = []
+        found: list[Packet] = []
         while True:
             try:
                 data, (_, kind, direction, *_) = self._end.recvfrom(65600)

@@ -18,7 +18,6 @@ import queue
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -148,6 +147,9 @@ class Machine:
             env={**os.environ, "PATH": f"{Path(words[0]).parent}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"},
             start_new_session=True,
         )
+        # Outlives us, and then ends the machine: the pipe that it reads has its other end in this process alone.
+        guard = ["sh", "-c", 'read _; kill -s KILL -- "-$1"', "sh", str(self._process.pid)]
+        self._guard = subprocess.Popen(guard, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
         readers = ((self._read_reports, self._process.stdout), (self._read_console, self._process.stderr))
         self._threads = [threading.Thread(target=read, args=(stream,), daemon=True) for read, stream in readers]
         for thread in self._threads:
@@ -165,9 +167,8 @@ class Machine:
         """End the machine, if it has not ended by itself."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(0.0 if self._failure else 20.0)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self._guard.communicate(timeout=10.0)
+        self._process.wait(10.0)
         for thread in self._threads:
             thread.join(5.0)
 

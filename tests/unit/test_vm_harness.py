@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,9 +65,32 @@ def test_a_machine_that_hangs_is_given_up_and_ended(play: Play, monkeypatch: pyt
     assert machine._process.returncode == -9
 
 
+def test_a_machine_does_not_outlive_a_host_that_is_killed(tmp_path: Path) -> None:
+    script = (
+        "import os, pathlib, signal, sys\n"
+        "from support import vm\n"
+        f"vm.CONSOLE = pathlib.Path({str(tmp_path)!r}, 'build', 'console.log')\n"
+        "vm.command = lambda _: ['/bin/sh', '-c', 'sleep 1000 & echo $! >&2; wait']\n"
+        "machine = vm.Machine([])\n"
+        "while not vm.CONSOLE.exists() or not vm.CONSOLE.read_text(): pass\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
+    subprocess.run([sys.executable, "-P", "-c", script], env=environment, timeout=60)
+    child = int((tmp_path / "build" / "console.log").read_text())
+    assert eventually(lambda: not Path(f"/proc/{child}/cmdline").exists())
+
+
+def eventually(done: Callable[[], bool], seconds: float = 20.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not done() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return done()
+
+
 def test_a_machine_that_does_not_boot_says_so(play: Play) -> None:
     machine = play("echo no such kernel >&2; exit 1")
-    with pytest.raises(VmError, match="it ended before any test began(.|\n)*no such kernel"):
+    with pytest.raises(VmError, match=r"it ended before any test began(.|\n)*no such kernel"):
         machine.reports(FIRST)
     machine.close()
 
