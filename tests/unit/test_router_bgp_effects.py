@@ -121,11 +121,12 @@ def test_a_reflector_that_hides_pod_cidrs_takes_back_learned_routes_too() -> Non
 
 
 def test_a_node_that_is_no_reflector_any_more_takes_back_what_it_passed_on() -> None:
-    """From nodes whose session stays as well: those without a role are no clients."""
-    found = effects(state(REFLECTOR), state(), ())
+    """From other reflectors: their session stays. Those with clients begin anew."""
+    other = node("b", ["10.0.0.2", "2001:db8::2"], B.pod_cidrs, {"rr.server": "1"})
+    found = effects(state(REFLECTOR, other), state(None, other), ())
     assert NODE in found.forget and NODE in found.forget_learned
     assert found.withdraw == (), "own routes stay with everybody"
-    assert NODE in effects(state(), state(REFLECTOR), ()).send
+    assert NODE in effects(state(None, other), state(REFLECTOR, other), ()).send
 
 
 def test_a_node_that_comes_or_goes_ends_no_session_of_a_reflector() -> None:
