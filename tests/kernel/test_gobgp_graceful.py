@@ -34,8 +34,8 @@ from support.gobgpd import BINARIES, PORT, Outsider, Speaker, wait_for
 from kube_router.workers.router.graceful import FILE
 from kube_router.workers.settings import Settings
 
-RESTART, RESTARTED, FORWARDING = 64, 0x80, 0x80
-"""Capability code, and its flags: of the speaker and of a family (RFC 4724, section 3)."""
+RESTART, RESTARTED, FORWARDING, LONG_LIVED = 64, 0x80, 0x80, 71
+"""Capability code, and its flags: of the speaker and of a family (RFC 4724, section 3); that of RFC 9494."""
 KNOWS = b"\0\x3c" + b"\0\1\1\x80" + b"\0\2\1\x80"
 GRACEFUL: dict[str, Any] = {"bgp_graceful_restart": True, "bgp_graceful_restart_time": 60.0}
 BIRD, BIRD_ASN = "10.0.0.3", 65003
@@ -120,8 +120,12 @@ def test_a_gobgpd_that_goes_costs_its_helpers_no_route_and_the_others_seconds(cl
 
 def test_only_peers_that_know_of_restarts_are_told_and_nobody_waits_long(lab: Lab) -> None:
     """Two peers dial at once, over IPv4 with graceful restart, over IPv6 without; a third one is never there."""
-    flags = {"peer_router_ips": ("10.0.0.3", "2001:db8::3", "10.0.0.77"), "peer_router_asns": (65003, 65004, 65005)}
-    a = lab.speaker("a", peer_router_ports=(PORT, PORT, PORT), **GRACEFUL, **flags)  # type: ignore[arg-type]
+    flags: dict[str, Any] = {
+        "peer_router_ips": ("10.0.0.3", "2001:db8::3", "10.0.0.77"),
+        "peer_router_asns": (65003, 65004, 65005),
+    }
+    flags |= {"peer_router_ports": (PORT, PORT, PORT), "bgp_long_lived_graceful_restart_time": 3600.0}
+    a = lab.speaker("a", **GRACEFUL, **flags)
     a.see(A)
 
     def dial() -> tuple[Scripted, Scripted]:
@@ -142,6 +146,8 @@ def test_only_peers_that_know_of_restarts_are_told_and_nobody_waits_long(lab: La
     for remembered in (False, True, False):
         knowing, plain = dial()
         assert knowing.opened is not None and plain.opened is not None
+        (long_lived,) = knowing.opened.capability(LONG_LIVED)
+        assert [long_lived[at : at + 7][-3:] for at in (0, 7)] == [(3600).to_bytes(3)] * 2
         (told,), (other,) = knowing.opened.capability(RESTART), plain.opened.capability(RESTART)
         assert bool(told[0] & RESTARTED) is remembered
         assert {told[5], told[9]} == {FORWARDING if remembered else 0}, "of either family"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,8 +34,9 @@ from support.bgplab import (
     settings_of,
 )
 from support.bgpspeaker import Speaker as Scripted
-from support.gobgpd import BINARIES, PORT, TOOLS, Speaker, wait_for
+from support.gobgpd import BINARIES, PORT, TOOLS, Speaker, attached, wait_for
 
+from kube_router.workers.router import bgp
 from kube_router.workers.router.bgpstate import Bfd
 from kube_router.workers.settings import Settings
 
@@ -306,22 +308,23 @@ def test_nodes_that_become_clients_of_a_reflector_lose_no_route_meanwhile(lab: L
         "everybody has all routes",
         *speakers,
     )
+    looking = attached(b.daemon)
+    lab.stack.callback(looking.close)
+    both = (["10.0.0.1", 4], ["10.0.0.3", 2])
     wait_for(
-        lambda: len(c.states()) == 2 and set(c.states().values()) == {"established"}, UP_SECONDS, "mesh", *speakers
+        lambda: sorted([item.status.address, item.received] for item in looking.peers()) == [*both],
+        UP_SECONDS,
+        "b has c's routes from c and from the server",
+        *speakers,
     )
     witness = Witness(b.daemon)
     lab.stack.callback(witness.close)
     kept = {peer: session(a, peer) for peer in ("10.0.0.2", "10.0.0.3")}
-    for one, two in (
-        (annotated(B, {"rr.client": "42"}), C),
-        (B, C),
-        (annotated(B, {"rr.client": "42"}), annotated(C, {"rr.client": "42"})),
-    ):
+    one, two = annotated(B, {"rr.client": "42"}), annotated(C, {"rr.client": "42"})
+    for nodes, wanted in (((one, C), 1), ((B, C), 2), ((one, two), 1)):
         for speaker in speakers:
-            speaker.see(server, one, two)
-        mesh = one is B
-        wanted = {"10.0.0.1", "10.0.0.3"} if mesh else {"10.0.0.1"}
-        wait_for(lambda: set(b.states()) == wanted, UP_SECONDS, "b's sessions", *speakers)  # noqa: B023
+            speaker.see(server, *nodes)
+        wait_for(lambda: len(b.states()) == wanted, UP_SECONDS, "b's sessions", *speakers)  # noqa: B023
         assert b.bgp.learned.keys() == {*FROM["a"], *FROM["c"]}
     wait_for(lambda: learned(b, "a", "c")() and learned(c, "a", "b")(), 5, "all routes", *speakers)
     assert {peer: session(a, peer) for peer in kept} == kept
@@ -380,3 +383,29 @@ def bfd_is_up(speaker: Speaker) -> bool:
     question = [str(TOOLS / "gobgp"), "--target", f"unix://{speaker.daemon.socket}", "neighbor", OUTSIDE, "-j"]
     reply = json.loads(subprocess.run(question, capture_output=True, check=True).stdout)
     return bool(reply["state"]["bfd_state"].get("session_state") == 1)  # UP in gobgp 4's api.BfdSessionState
+
+
+def test_an_address_that_is_nowhere_does_not_keep_bgp_from_starting(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bgp, "PATIENCE_SECONDS", 1.0)
+    own = annotated(A, {"bgp-local-addresses": "10.0.0.1,192.0.2.9,2001:db8::1,2001:db8:9::9"})
+    a = lab.speaker("a")
+    place = lab.places["a"]
+    with place.enter():  # where the worker looks which addresses there are
+        a.see(own)
+        assert a.writes == 0, "it may be there in a moment"
+        with socket.create_server(("2001:db8::1", PORT), family=socket.AF_INET6):
+            wait_for(lambda: a.outcome.failures != (), 5, "somebody is in the way", a)
+            assert "2001:db8::1 port 1790: address already in use" in a.outcome.failures[0].text
+        wait_for(lambda: a.writes > 0 and a.outcome.failures == (), 5, "BGP is started", a)
+        left_out = [line for line in a.outcome.warnings if "cannot be listened on" in line]
+        assert ["192.0.2.9" in left_out[0], "2001:db8:9::9" in left_out[1]] == [True, True]
+        listening = place.run("ss -Hltn")
+        assert f"10.0.0.1:{PORT}" in listening and f"[2001:db8::1]:{PORT}" in listening
+        a.restart()
+        a.see(own)
+        assert (a.writes, a.daemon.starts) == (0, 1), "as it was left"
+
+        # It comes up: now it is what the annotation says, and gobgpd is replaced for it.
+        place.run("ip address add 192.0.2.9/32 dev lo")
+        a.see(own)
+        wait_for(lambda: a.daemon.starts == 2 and f"192.0.2.9:{PORT}" in place.run("ss -Hltn"), 10, "both", a)

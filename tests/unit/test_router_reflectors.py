@@ -122,3 +122,9 @@ def test_a_node_that_becomes_a_client_changes_nothing_for_its_servers() -> None:
     server, plain, client = member(1, {"rr.server": "42"}), member(2, {}), member(2, {"rr.client": "42"})
     assert peers_of(server, plain, member(3, {})) == peers_of(server, client, member(3, {}))
     assert peers_of(plain, server).keys() == peers_of(client, server).keys()
+
+
+def test_a_client_without_any_server_is_told_that_it_is_alone() -> None:
+    desired = asking(member(1, {"rr.client": "42"}), member(2, {}), enable_ipv6=False)
+    assert desired.state.neighbors == {}
+    assert [problem.reason for problem in desired.problems] == ["NoRouteReflector"]

@@ -26,7 +26,7 @@ from kube_router.workers.router.bgpstate import BgpState, Policies, Speaker
 from kube_router.workers.router.desired import DesiredBgp
 from kube_router.workers.router.gobgp.client import CONNECT_SECONDS, Client, GobgpError, connect
 from kube_router.workers.router.gobgp.watch import Taken, Watch
-from kube_router.workers.router.plan import Plan, ReplaceDaemon, StartSpeaker, advertisements, diff, kept
+from kube_router.workers.router.plan import Plan, ReplaceDaemon, StartSpeaker, advertisements, diff, headline, kept
 from kube_router.workers.router.rib import Rib
 from kube_router.workers.router.vips import Vips
 from kube_router.workers.router.wish import wished
@@ -298,6 +298,8 @@ class Bgp:
         if plan.steps:
             work.observations["controller_bgp_internal_peers_sync_time"] = (self._clock.monotonic() - began,)
         self._asn = wanted.speaker.asn if wanted.speaker is not None else 0
+        if wanted.speaker is None and began < self._attached_at + PATIENCE_SECONDS:
+            work.retries.append(EMPTY_TABLE_SECONDS)
         replaced = any(isinstance(step, ReplaceDaemon) for step in plan.steps)
         self._believed = None if self._failures or replaced or wanted.speaker is None else wanted
         if replaced and not self._failures:
@@ -338,7 +340,7 @@ class Bgp:
         plan = self._sessions.restarting(plan)
         for step in plan.steps:
             loud = isinstance(step, ReplaceDaemon)
-            log.log(logging.WARNING if loud else logging.INFO, "%s", str(step).partition("\n")[0].rstrip(":"))
+            log.log(logging.WARNING if loud else logging.INFO, "%s", headline(step))
         if any(isinstance(step, StartSpeaker) for step in plan.steps):
             # All that the daemon will know from here on it learns anew.
             self._settled = False

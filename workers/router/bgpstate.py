@@ -67,8 +67,8 @@ class Neighbor:
     """One BGP session to hold.
 
     ``asn`` 0: whatever the peer says; ``hold_seconds`` as offered; ``multihop_ttl`` 0: none. ``password`` is the
-    TCP-MD5 key (RFC 2385); it never shows in text. ``cluster_id``: we reflect routes to this peer as our client
-    (RFC 4456), empty: we do not. ``most_prefixes``: of one family, 0: any number.
+    TCP-MD5 key (RFC 2385); it never shows in text. ``cluster_id``: we reflect routes to and from this peer (RFC
+    4456); empty: we do not. ``most_prefixes``: of one family, 0: any number.
     """
 
     address: str
@@ -93,7 +93,7 @@ class Neighbor:
         if self.password:
             parts.append("with password")
         if self.cluster_id:
-            parts.append(f"client of cluster {self.cluster_id}")
+            parts.append(f"reflected, cluster {self.cluster_id}")
         parts += [str(item) for item in (self.graceful_restart, self.bfd) if item is not None]
         if self.most_prefixes:
             parts.append(f"at most {self.most_prefixes} prefixes")

@@ -7,7 +7,9 @@ overlay's devices, rules, ports and the name of its table. Every part fails alon
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 
 import msgspec
 
@@ -20,6 +22,7 @@ from kube_router.workers.linkfacts import Links
 from kube_router.workers.model import Failure, Family
 from kube_router.workers.router.collected import Collected
 from kube_router.workers.router.egress import FORWARD, POSTROUTING, plan_egress, plan_forward, set_specs
+from kube_router.workers.router.graceful import FILE
 from kube_router.workers.router.overlay import OverlaySync, kernel_drivers
 from kube_router.workers.router.routes import plan_routes
 from kube_router.workers.rulefacts import SetSpec
@@ -30,11 +33,21 @@ _WAITS = (0.01, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 
 def cleanup(settings: Settings) -> list[Failure]:
-    """Remove the egress rule in all its forms, the FORWARD accepts, the two sets, our routes and the overlay's objects.
+    """Remove the egress rule in all its forms, the FORWARD accepts, the two sets, our routes, the overlay's objects
+    and what is remembered of BGP peers.
 
     What went wrong is returned.
     """
-    return [*_rules(), *_sets(), *_routes(), *_overlay(settings)]
+    return [*_rules(), *_sets(), *_routes(), *_overlay(settings), *_memory(settings)]
+
+
+def _memory(settings: Settings) -> list[Failure]:
+    path = Path(settings.state_dir) / FILE
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        return [Failure("state", f"{path}: {os.strerror(error.errno or 0)}")]
+    return []
 
 
 def _rules() -> list[Failure]:

@@ -70,6 +70,9 @@ def internal_neighbors(own: Own, nodes: Sequence[NodeFacts], problems: list[Prob
         return {}
     reflectors = Reflectors(nodes)
     cluster_id = _cluster_id(own, problems)
+    if facts.reflection is not None and not facts.reflection.server and not reflectors.served:
+        text = f"node {facts.name}: annotation {RR_CLIENT}: no node has {RR_SERVER}: no BGP session with any node"
+        problems.append(Problem("NoRouteReflector", text))
     graceful = graceful_restart(settings, facts)
     found: dict[str, Neighbor] = {}
     told = own.told if own.told.primary is not None else facts

@@ -365,3 +365,21 @@ def advertisements(plan: Plan, policies: Policies) -> Mapping[str, int]:
             case RemovePath(prefix) if is_host_prefix(prefix):
                 sent["withdraw-vip"] += 1
     return sent
+
+
+def phase(step: Step) -> str:
+    """Under which name a failure of a step is counted."""
+    match step:
+        case StartSpeaker() | ReplaceDaemon():
+            return "bgp-start"
+        case SetPolicies() | ChangeSet() | Assign() | Retract() | SendAgain() | JudgeAgain():
+            return "bgp-policies"
+        case AddPath() | RemovePath():
+            return "bgp-paths"
+        case _:
+            return "bgp-peers"
+
+
+def headline(step: Step) -> str:
+    """A step in one line."""
+    return str(step).partition("\n")[0].rstrip(":")

@@ -33,6 +33,11 @@ class Reflectors:
             node.reflection.cluster_id for node in nodes if node.reflection is not None and node.reflection.server
         }
 
+    @property
+    def served(self) -> bool:
+        """Whether there is any server."""
+        return bool(self._served)
+
     def paired(self, one: NodeFacts, other: NodeFacts) -> bool:
         """Whether the two hold a session with each other."""
         first, second = one.reflection, other.reflection

@@ -32,13 +32,14 @@ def wished(
 ) -> DesiredBgp:
     """The desired state for a daemon of this ``generation``.
 
-    ``patient``: the node is coming up, and its addresses will be there in a moment.
+    ``patient``: the node is coming up, and its addresses will be there in a moment. Until then BGP is not started: a
+    StartBgp that fails at its second address leaves the first one occupied.
     """
     running = actual.speaker.listen_addresses if actual.speaker is not None else frozenset()
-    unbindable: frozenset[str] = frozenset()
-    if actual.speaker is not None or not patient:
-        unbindable = process.unbindable(listen_addresses(node, own, settings.families, []), running)
+    unbindable = process.unbindable(listen_addresses(node, own, settings.families, []), running)
     desired = desired_bgp(node, own, nodes, settings, secrets, actual, vips, unbindable=unbindable)
+    if unbindable and patient and actual.speaker is None:
+        desired = replace(desired, state=replace(desired.state, speaker=None))
     if generation == 3:
         state, problems = without_bfd(desired.state, "gobgpd 3")
         desired = replace(desired, state=state, problems=(*desired.problems, *problems))

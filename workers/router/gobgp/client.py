@@ -42,6 +42,8 @@ from kube_router.workers.router.plan import (
     StartSpeaker,
     Step,
     UpdateNeighbor,
+    headline,
+    phase,
 )
 from kube_router.workers.router.sessionbook import PeerReport
 
@@ -181,7 +183,7 @@ class Client:
             except GobgpError as error:
                 if error.gone or error.stuck:
                     raise
-                failures.append(Failure(_phase(step), f"cannot {_first_line(step)}: {error}"))
+                failures.append(Failure(phase(step), f"cannot {headline(step)}: {error}"))
                 if isinstance(step, StartSpeaker | ReplaceDaemon):
                     break
                 closed = closed or isinstance(step, SetPolicies | ChangeSet | Assign)
@@ -208,6 +210,9 @@ class Client:
         """Do one step; raises `GobgpError`."""
         match step:
             case StartSpeaker(speaker):
+                if taken := process.taken(speaker.listen_addresses, speaker.listen_port):
+                    # Not left to gobgpd: it would keep the addresses before this one occupied, and stumble over itself.
+                    raise GobgpError(f"listen {taken} port {speaker.listen_port}: address already in use")
                 self._call("StartBgp", self._messages.StartBgpRequest(**{"global": self._speaker(speaker)}))
                 self.apply_step(Assign("export", CLOSED))
             case ReplaceDaemon(silently=silently):
@@ -391,19 +396,3 @@ class Client:
 
 def _serialize(message: Any) -> bytes:
     return message.SerializeToString()  # type: ignore[no-any-return]
-
-
-def _phase(step: Step) -> str:
-    match step:
-        case StartSpeaker() | ReplaceDaemon():
-            return "bgp-start"
-        case SetPolicies() | ChangeSet() | Assign() | Retract() | SendAgain() | JudgeAgain():
-            return "bgp-policies"
-        case AddPath() | RemovePath():
-            return "bgp-paths"
-        case _:
-            return "bgp-peers"
-
-
-def _first_line(step: Step) -> str:
-    return str(step).partition("\n")[0].rstrip(":")

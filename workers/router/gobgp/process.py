@@ -6,6 +6,7 @@ fresh one when it ends; nothing here starts it.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -54,6 +55,21 @@ def unbindable(addresses: Iterable[str], listening: Container[str]) -> frozenset
     wanted = frozenset(addresses)
     failing = frozenset(address for address in wanted if address not in listening and not _bindable(address))
     return failing if failing != wanted else frozenset()
+
+
+def taken(addresses: Iterable[str], port: int) -> str | None:
+    """The first address on which somebody listens to ``port`` already, in this network namespace."""
+    for address in sorted(addresses):
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((address, port))
+                probe.listen(1)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    return address
+    return None
 
 
 def _bindable(address: str) -> bool:
