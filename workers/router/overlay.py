@@ -63,7 +63,7 @@ class Rules(Driver, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Drivers:
-    """The four drivers, what loads FoU's modules and keeps the record of ports, and the port ids of their own writes."""
+    """The four drivers, what loads modules and keeps the record of ports, and the port ids of their own writes."""
 
     tunnels: Devices
     hosts: Hosts
