@@ -8,142 +8,28 @@ the sync has arrived; so the figures hold both sockets and the worker's own wait
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
-from bench.firewall_shapes import LARGE, Objects, Shape, apply, churn_events, member_events, objects
+from bench.firewall_shapes import LARGE, Shape, churn_events, member_events, objects
+from bench.workerprocess import MIB, WorkerProcess
 from bench_agent import pss_kib
 from bench_firewall import BACKENDS, load, percentile, settings
 from run import Result
 from support.namespaces import namespaces
 
-from kube_router.ipc.channels import HeartbeatReceiver, Poller, Publisher
-from kube_router.ipc.messages import Heartbeat, Key, Kind, Projection, SourceState
-from kube_router.ipc.replica import Changes
-from kube_router.workers.settings import SETTINGS_FILE, save
-
 CHURN_A_SECOND = 200
 MANY_EVENTS = 10_000
 WIRE_EVENTS = 200
-LATENCY = "policy_enforcement_latency_seconds"
-MIB = 1024
-
-
-class Store:
-    """What the publishing process knows."""
-
-    state = SourceState(source="bench", in_sync=True)
-
-    def __init__(self, found: Objects) -> None:
-        self.found = found
-
-    def objects(self, kind: Kind) -> Mapping[Key, Projection]:
-        """All of a kind."""
-        return self.found[kind]
-
-
-class Worker:
-    """The real worker process and its surroundings: a run directory, a watcher, a receiver of heartbeats."""
-
-    def __init__(self, found: Objects, backend: str, folder: Path) -> None:
-        self.found = found
-        self.beat: Heartbeat | None = None
-        self.latencies: list[float] = []
-        self.syncs: list[float] = []
-        """When the heartbeats after a sync came in, in monotonic seconds."""
-        self._ipc = folder / "ipc"
-        self._ipc.mkdir()
-        save(self._ipc / SETTINGS_FILE, settings(backend), 0o640)
-        self._store = Store(found)
-        self._publisher = Publisher(str(os.getpid()), self._ipc)
-        self._heartbeats = HeartbeatReceiver(self._ipc)
-        self._beacon_at = 0.0
-        self._log = (folder / "log").open("w+")
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> float:
-        """Start it; seconds from the start of the process to its first sync."""
-        before, began = len(self.syncs), time.monotonic()
-        command = [sys.executable, "-P", "-m", "kube_router.workers.firewall"]
-        self._process = subprocess.Popen(command, cwd=self._ipc, stdout=self._log, stderr=self._log)
-        self.until(lambda: len(self.syncs) > before, 60)
-        return time.monotonic() - began
-
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    def close(self) -> None:
-        """End the process and close the sockets."""
-        if self._process is not None:
-            self._process.send_signal(signal.SIGTERM)
-            self._process.wait(timeout=20)
-        self._publisher.close()
-        self._heartbeats.close()
-        self._log.close()
-
-    def publish(self, changes: Changes) -> None:
-        """Let changes happen, and tell."""
-        apply(self.found, changes)
-        for kind, by_key in changes.items():
-            put = [new for _, new in by_key.values() if new is not None]
-            self._publisher.publish(kind, put, [key for key, (_, new) in by_key.items() if new is None])
-
-    def serve(self, seconds: float) -> None:
-        """A watcher's turn: at most ``seconds`` of waiting."""
-        Poller.wait([*self._publisher.sockets, self._heartbeats], seconds)
-        self._publisher.serve(self._store)
-        if time.monotonic() >= self._beacon_at:
-            self._publisher.beacon(self._store.state)
-            self._beacon_at = time.monotonic() + 1
-        for beat in self._heartbeats.receive():
-            if beat.syncs and (self.beat is None or beat.syncs > self.beat.syncs):
-                assert not beat.pending, beat.warnings[:3]
-                self.syncs.append(time.monotonic())
-            self.latencies.extend(beat.observations.get(LATENCY, ()))
-            self.beat = beat
-
-    def until(self, condition: object, seconds: float) -> None:
-        """Serve until ``condition()`` holds; raises RuntimeError with the worker's log."""
-        deadline = time.monotonic() + seconds
-        while not condition():  # type: ignore[operator]
-            if time.monotonic() > deadline or (self._process is not None and self._process.poll() is not None):
-                self._log.seek(0)
-                raise RuntimeError(f"the worker does not get there:\n{self._log.read()[-3000:]}")
-            self.serve(0.05)
-
-    def quiet(self, seconds: float) -> None:
-        """Serve for so long."""
-        deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
-            self.serve(left)
-
-    def settle(self) -> None:
-        """Until nothing has been synced for a second."""
-        self.until(lambda: time.monotonic() - self.syncs[-1] > 1, 60)
-
-    def cpu_seconds(self) -> float:
-        """Of the process and of the programs that it ran."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-
-    def rss_mib(self) -> float:
-        assert self.beat is not None
-        return self.beat.rss / MIB / MIB
 
 
 @contextlib.contextmanager
-def worker(shape: Shape, backend: str) -> Iterator[Worker]:
+def worker(shape: Shape, backend: str) -> Iterator[WorkerProcess]:
     """A worker at a cluster of this shape, not started yet; the calling thread is in its namespace."""
     with namespaces() as (namespace,), namespace.enter(), tempfile.TemporaryDirectory() as folder:
-        made = Worker(objects(shape), backend, Path(folder))
+        made = WorkerProcess("firewall", settings(backend), objects(shape), Path(folder))
         try:
             yield made
         finally:
@@ -165,7 +51,7 @@ def run(churn_seconds: float) -> Iterator[Result]:
             yield from growth(process, backend)
 
 
-def wire(process: Worker, backend: str) -> Iterator[Result]:
+def wire(process: WorkerProcess, backend: str) -> Iterator[Result]:
     """One change at a time, some time apart, from the watcher's socket to the heartbeat behind the sync."""
     times = []
     for changes in member_events(process.found, LARGE, WIRE_EVENTS):
@@ -181,7 +67,7 @@ def wire(process: Worker, backend: str) -> Iterator[Result]:
     yield Result(f"firewall.wire.{backend}.p99", f"{what}p99", percentile(times, 0.99), "ms", 20.0, None, shape)
 
 
-def churn(process: Worker, backend: str, seconds: float) -> Iterator[Result]:
+def churn(process: WorkerProcess, backend: str, seconds: float) -> Iterator[Result]:
     """Changes at a steady pace, all over the cluster."""
     assert process.beat is not None
     events = churn_events(process.found, LARGE)
@@ -209,7 +95,7 @@ def churn(process: Worker, backend: str, seconds: float) -> Iterator[Result]:
     yield Result(f"firewall.churn.lag.{backend}", what, longest, "ms", 250.0, None, shape)
 
 
-def growth(process: Worker, backend: str) -> Iterator[Result]:
+def growth(process: WorkerProcess, backend: str) -> Iterator[Result]:
     """Twice the same number of events: what the second half adds is a leak."""
     sizes = []
     events = churn_events(process.found, LARGE, seed=2)

@@ -71,6 +71,7 @@ def benchmarks(long: bool) -> dict[tuple[str, ...], Benchmark]:
     import bench_firewall_packet
     import bench_firewall_worker
     import bench_ipc
+    import bench_router
     import bench_routes
     import bench_watcher
 
@@ -78,6 +79,10 @@ def benchmarks(long: bool) -> dict[tuple[str, ...], Benchmark]:
         ("fast",): bench_fast.run,
         ("ipc",): bench_ipc.run,
         ("routes",): bench_routes.run,
+        ("router.learned", "router.moved", "router.withdrawn"): bench_router.learned,
+        ("router.join", "router.vip.cpu"): bench_router.join,
+        ("router.vip.5k",): bench_router.vips,
+        ("router.vip.added", "router.vip.withdrawn", "router.memory", "router.restart"): bench_router.large,
         ("watcher",): bench_watcher.run,
         ("agent",): bench_agent.run,
         ("firewall.set",): bench_firewall.sets,

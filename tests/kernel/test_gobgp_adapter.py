@@ -176,21 +176,24 @@ def test_many_paths_go_in_one_call_and_by_themselves_when_that_is_refused(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     apply(client, STATES["alone"])
-    inner, calls = client._add_paths, []
+    inner, calls = client._stream_paths, []
 
-    def refusing_many(paths: Sequence[tuple[str, str]]) -> None:
-        calls.append(len(paths))
-        if len(paths) == 50:
+    def refusing_many(steps: Sequence[AddPath | RemovePath]) -> None:
+        calls.append(len(steps))
+        if len(steps) == 50:
             raise GobgpError("one of them is bad")
-        inner(paths)
+        inner(steps)
 
-    monkeypatch.setattr(client, "_add_paths", refusing_many)
+    monkeypatch.setattr(client, "_stream_paths", refusing_many)
     first = tuple(AddPath(f"198.51.100.{number}/32", "10.0.0.1") for number in range(40))
     assert client.apply(Plan(first)) == (40, ())
     second = tuple(AddPath(f"203.0.113.{number}/32", "10.0.0.1") for number in range(50))
     assert client.apply(Plan(second)) == (50, ())
     assert calls == [40, 50, *(1,) * 50]
     assert {step.prefix for step in first + second} <= client.observe().paths.keys()
+    gone = tuple(RemovePath(step.prefix, step.next_hop) for step in first)
+    assert client.apply(Plan(gone)) == (40, ())
+    assert calls[-1] == 40 and not {step.prefix for step in first} & client.observe().paths.keys()
 
 
 def test_no_peer_comes_in_when_its_policies_could_not_be_set(client: Client) -> None:

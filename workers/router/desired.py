@@ -15,10 +15,10 @@ from kube_router.workers.model import Family, IPAddress, IPNetwork
 from kube_router.workers.nodefacts import NODE_ASN, NodeFacts, Problem, parse_address
 from kube_router.workers.router import names
 from kube_router.workers.router.attributes import custom_rejects, own_attributes
-from kube_router.workers.router.bgpstate import Attributes, BgpState, Speaker, host_prefix
+from kube_router.workers.router.bgpstate import Attributes, BgpState, Speaker
 from kube_router.workers.router.neighbors import Own, external_neighbors, internal_neighbors
 from kube_router.workers.router.peers import external_peers
-from kube_router.workers.router.policies import desired_policies
+from kube_router.workers.router.policies import desired_policies, service_ranges
 from kube_router.workers.router.refused import Refused, protected_ranges
 from kube_router.workers.router.vips import Vips
 from kube_router.workers.settings import Secrets, Settings
@@ -227,5 +227,6 @@ def _paths(own: NodeFacts, vips: Vips) -> Mapping[str, str]:
     """Own pod CIDRs and Service addresses by next hop: the best address of the same family."""
     hops = {family: str(own.address(family) or "") for family in Family}
     pods = ((str(cidr), hops[Family(cidr.version)]) for cidr in own.pod_cidrs)
-    services = ((host_prefix(vip), hops[Family.IPV6 if ":" in vip else Family.IPV4]) for vip in vips.advertised)
+    announced, _ = service_ranges(vips.advertised, vips.known)
+    services = ((item.prefix, hops[family]) for family, items in announced.items() for item in items)
     return {prefix: hop for prefix, hop in (*pods, *services) if hop}

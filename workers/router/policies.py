@@ -24,6 +24,7 @@ gobgpd 3.x asks only the longest member that contains a prefix, and 4.x all of t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -89,14 +90,15 @@ def desired_policies(
     ``known_vips``: of any Service. ``attributes`` are added to what external peers get. ``reflected``: the other nodes'
     pod CIDRs on a route reflector, None on any other node.
     """
-    internal, external, service_vips = tuple(internal), tuple(external), tuple(service_vips)
+    internal, external = tuple(internal), tuple(external)
     sets = _Sets()
-    _sorted_in(sets, names.SERVICE_VIP_SETS, map(_host, service_vips))
+    announced, known = service_ranges(frozenset(service_vips), frozenset(known_vips))
+    sets.prefixes.update((names.SERVICE_VIP_SETS[family], ranges) for family, ranges in announced.items())
     _sorted_in(sets, names.POD_CIDR_SETS, map(_whole, pod_cidrs))
     _sorted_in(sets, names.NODE_POD_CIDR_SETS, map(_whole, reflected or ()))
     _sorted_in(sets, names.DEFAULT_ROUTE_SETS, DEFAULT_ROUTES.values())
     _sorted_in(sets, names.CUSTOM_REJECT_SETS, map(inside, refused.custom))
-    _sorted_in(sets, names.KNOWN_VIP_SETS, map(_host, {*known_vips, *service_vips}))
+    sets.prefixes.update((names.KNOWN_VIP_SETS[family], ranges) for family, ranges in known.items())
     _sorted_in(sets, names.PROTECTED_SETS, map(inside, refused.protected))
     _sorted_in(sets, names.COVERING_SETS, around(refused.protected) if refused.covering else ())
     _neighbors(sets, names.IBGP_PEER_SETS, internal)
@@ -148,6 +150,27 @@ def _pod_cidrs_of_others(sets: _Sets, attributes: Attributes, override_next_hop:
             yield Statement(prefix_set, peers, True, actions, LEARNED_INTERNAL)
 
 
+Ranges = Mapping[Family, frozenset[PrefixRange]]
+
+
+@functools.lru_cache(maxsize=1)
+def service_ranges(announced: frozenset[str], known: frozenset[str]) -> tuple[Ranges, Ranges]:
+    """The Service addresses as members of sets by family: those that are announced, and all that are known.
+
+    The last answer is remembered. Addresses are thousands and mostly do not change with what else does, and who gets
+    the same sets again need not compare them.
+    """
+    every = {address: _host(address) for address in announced | known}
+    return _by_family(every[address] for address in announced), _by_family(every.values())
+
+
+def _by_family(ranges: Iterable[PrefixRange]) -> Ranges:
+    found: dict[Family, set[PrefixRange]] = {}
+    for item in ranges:
+        found.setdefault(_family(item.prefix), set()).add(item)
+    return {family: frozenset(items) for family, items in found.items()}
+
+
 def _host(address: str) -> PrefixRange:
     length = 128 if ":" in address else 32
     return PrefixRange(host_prefix(address), length, length)
@@ -159,10 +182,7 @@ def _whole(network: IPNetwork) -> PrefixRange:
 
 def _sorted_in(sets: _Sets, set_names: Mapping[Family, str], ranges: Iterable[PrefixRange]) -> None:
     """Sort ranges into the sets of their families."""
-    members: dict[str, set[PrefixRange]] = {}
-    for item in ranges:
-        members.setdefault(set_names[_family(item.prefix)], set()).add(item)
-    sets.prefixes.update((name, frozenset(items)) for name, items in members.items())
+    sets.prefixes.update((set_names[family], items) for family, items in _by_family(ranges).items())
 
 
 def _neighbors(sets: _Sets, set_names: Mapping[Family, str], addresses: Iterable[str]) -> None:

@@ -107,7 +107,8 @@ class Decider:
             network = ipaddress.ip_network(prefix, strict=False)
         except ValueError as error:
             return Decision(Injection.NONE, Prefix(prefix), None, f"not understood: {error}")
-        canonical = Prefix(str(network))
+        text = str(network)
+        canonical = Prefix(prefix if text == prefix else text)  # the same object: there are thousands of them
         reason = self._refusal(network, hop) or hop.reason or self._loop(network, hop)
         if reason or hop.route is None:
             return Decision(Injection.NONE, canonical, None, reason)

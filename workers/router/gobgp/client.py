@@ -12,7 +12,8 @@ import os
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ CALL_SECONDS = 5.0
 PROBE_SECONDS = 2.0
 CONNECT_SECONDS = 0.5
 """The same for a call that costs the daemon nothing, and for the first call of all."""
+PATHS_TOGETHER = 1000
+"""Paths in one call: gobgpd does nothing else meanwhile."""
 CHANNEL_OPTIONS = (
     # The thread that iterates over a stream reads it itself: a third of the time for 10,000 single route events.
     ("SingleThreadedUnaryStream", 1),
@@ -170,41 +173,39 @@ class Client:
         A failed step does not stop unrelated ones, but nothing is originated and no peer is added under policies that
         could not be set. Raises `GobgpError` when the daemon dies or does not answer: there is no use in the rest.
         """
-        done, failures = 0, []
+        done, failures = 0, list[Failure]()
         closed = False
-        together = self._originate(plan.steps)
-        for step in plan.steps:
-            if closed and isinstance(step, (Assign, AddPath, Retract, AddNeighbor, ReplaceNeighbor, SendAgain)):
+        for group in _grouped(plan.steps):
+            if closed and isinstance(group[0], (Assign, AddPath, Retract, AddNeighbor, ReplaceNeighbor, SendAgain)):
                 continue
-            try:
-                if not (isinstance(step, AddPath) and next(together)):
-                    self.apply_step(step)
-                done += 1
-            except GobgpError as error:
-                if error.gone or error.stuck:
-                    raise
-                failures.append(Failure(phase(step), f"cannot {headline(step)}: {error}"))
-                if isinstance(step, StartSpeaker | ReplaceDaemon):
-                    break
-                closed = closed or isinstance(step, SetPolicies | ChangeSet | Assign)
+            refused = self._apply_group(group)
+            done += len(group) - len(refused)
+            failures += [Failure(phase(step), f"cannot {headline(step)}: {error}") for step, error in refused]
+            if refused and isinstance(group[0], StartSpeaker | ReplaceDaemon):
+                break
+            closed = closed or bool(refused and isinstance(group[0], SetPolicies | ChangeSet | Assign))
         return done, tuple(failures)
 
-    def _originate(self, steps: Sequence[Step]) -> Iterator[bool]:
-        """For each AddPath of a plan, when it comes to it: whether that is done already.
-
-        The first of many originates all of them in one call: a hundred times as fast as one by one. If gobgpd refuses
-        that, each is tried by itself, and fails by itself.
-        """
-        paths = [(step.prefix, step.next_hop) for step in steps if isinstance(step, AddPath)]
-        together = False
-        if len(paths) > 1:
+    def _apply_group(self, group: Sequence[Step]) -> list[tuple[Step, GobgpError]]:
+        """Do steps that may go together; what was refused, and why."""
+        if len(group) > 1:
             try:
-                self._add_paths(paths)
-                together = True
+                self._stream_paths(group)
             except GobgpError as error:
                 if error.gone or error.stuck:
                     raise
-        yield from (together for _ in paths)
+                # One of them spoils the rest of the stream: one by one, it spoils itself only.
+            else:
+                return []
+        refused = []
+        for step in group:
+            try:
+                self.apply_step(step)
+            except GobgpError as error:
+                if error.gone or error.stuck:
+                    raise
+                refused.append((step, error))
+        return refused
 
     def apply_step(self, step: Step) -> None:
         """Do one step; raises `GobgpError`."""
@@ -230,10 +231,8 @@ class Client:
             case Assign(direction, assignment):
                 message = convert.assignment_message(self.dialect, direction, assignment)
                 self._call("SetPolicyAssignment", self._messages.SetPolicyAssignmentRequest(assignment=message))
-            case AddPath(prefix, next_hop):
-                self._add_paths(((prefix, next_hop),))
-            case RemovePath(prefix, next_hop):
-                self._delete_path(prefix, next_hop)
+            case AddPath() | RemovePath():
+                self._stream_paths((step,))
             case Retract():
                 self._retract(step)
             case RemoveNeighbor(neighbor):
@@ -266,9 +265,9 @@ class Client:
     def _speaker(self, speaker: Speaker) -> Any:
         return convert.speaker_message(self.dialect, speaker)
 
-    def _sets(self, kind: int) -> list[Any]:
+    def _sets(self, kind: int) -> Iterator[Any]:
         request = self._messages.ListDefinedSetRequest(defined_type=kind)
-        return [reply.defined_set for reply in self._list("ListDefinedSet", request)]
+        return (reply.defined_set for reply in self._list("ListDefinedSet", request))
 
     def _assignment(self, direction: str) -> Any:
         messages = self._messages
@@ -291,29 +290,28 @@ class Client:
                     if local is not None:
                         yield local
 
-    def _peers(self, address: str = "", count_advertised: bool = False) -> list[Any]:
+    def _peers(self, address: str = "", count_advertised: bool = False) -> Iterator[Any]:
         request = self._messages.ListPeerRequest(address=address, enable_advertised=count_advertised)
-        return [reply.peer for reply in self._list("ListPeer", request)]
+        return (reply.peer for reply in self._list("ListPeer", request))
 
-    def _add_paths(self, paths: Iterable[tuple[str, str]]) -> None:
+    def _stream_paths(self, steps: Iterable[Step]) -> None:
+        """Originate and withdraw many paths in one call: 30 µs each instead of 450."""
         messages = self._messages
         request = messages.AddPathStreamRequest(
             table_type=messages.TABLE_GLOBAL,
-            paths=[convert.path_message(self.dialect, prefix, next_hop) for prefix, next_hop in paths],
+            paths=[
+                convert.path_message(self.dialect, step.prefix, step.next_hop, withdraw=isinstance(step, RemovePath))
+                for step in steps
+                if isinstance(step, AddPath | RemovePath)
+            ],
         )
         call = self._channel.stream_unary(
             self._method("AddPathStream"),
             request_serializer=_serialize,
             response_deserializer=messages.Empty.FromString,
         )
-        self._raising(lambda: call(iter((request,)), timeout=CALL_SECONDS, wait_for_ready=False))
-
-    def _delete_path(self, prefix: str, next_hop: str) -> None:
-        path = convert.path_message(self.dialect, prefix, next_hop, withdraw=True)
-        self._call(
-            "DeletePath",
-            self._messages.DeletePathRequest(table_type=self._messages.TABLE_GLOBAL, family=path.family, path=path),
-        )
+        with _raising():
+            call(iter((request,)), timeout=CALL_SECONDS, wait_for_ready=False)
 
     def _add_peer(self, neighbor: Neighbor, restarting: bool = False) -> None:
         message = neighbors.neighbor_message(self.dialect, neighbor, restarting=restarting)
@@ -325,7 +323,7 @@ class Client:
         UpdatePeer ends it when anything differs from what gobgpd holds, its own defaults included (which 3.x does not
         fill in here). So the peer goes back as it was read, fields unknown to us included, with the change in it.
         """
-        for peer in self._peers(neighbor.address):
+        for peer in tuple(self._peers(neighbor.address)):
             neighbors.set_live(self.dialect, peer, neighbor)
             self._call("UpdatePeer", self._messages.PeerRequest(peer=peer))
 
@@ -347,9 +345,8 @@ class Client:
                 self._soft_reset(address, self._messages.RESET_OUT)
             return
         if len(step.addresses) > len(step.learned) and step.paths:
-            for prefix, next_hop in step.paths:
-                self._delete_path(prefix, next_hop)
-            self._add_paths(step.paths)
+            self._stream_paths([RemovePath(*path) for path in step.paths])
+            self._stream_paths([AddPath(*path) for path in step.paths])
         for neighbor in step.learned:
             # A hard reset would do, but leaves the peer idle for 30 s.
             self._delete_peer(neighbor)
@@ -368,7 +365,8 @@ class Client:
             request_serializer=_serialize,
             response_deserializer=(reply or self._messages.Empty).FromString,
         )
-        return self._raising(lambda: call(request, timeout=seconds or CALL_SECONDS))
+        with _raising():
+            return call(request, timeout=seconds or CALL_SECONDS)
 
     def _stream(self, name: str, reply: Any) -> Any:
         return self._channel.unary_stream(
@@ -376,22 +374,42 @@ class Client:
         )
 
     def _list(self, name: str, request: Any) -> Iterator[Any]:
-        reply = getattr(self._messages, f"{name}Response")
-        stream = self._stream(name, reply)
-        return iter(self._raising(lambda: list(stream(request, timeout=CALL_SECONDS))))
+        """The replies as they come: a thousand of them at once would be megabytes."""
+        stream = self._stream(name, getattr(self._messages, f"{name}Response"))
+        with _raising():
+            yield from stream(request, timeout=CALL_SECONDS)
 
-    def _raising(self, call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        except grpc.RpcError as error:
-            code = error.code() if isinstance(error, grpc.Call) else None
-            details = error.details() if isinstance(error, grpc.Call) else str(error)
-            gone = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-            stuck = code == grpc.StatusCode.DEADLINE_EXCEEDED
-            if stuck:
-                details = "it is there, but does not answer: stopped or overloaded; learned routes stay"
-            unknown = code == grpc.StatusCode.UNIMPLEMENTED
-            raise GobgpError(details or str(code), gone=gone, stuck=stuck, unknown_service=unknown) from error
+
+@contextlib.contextmanager
+def _raising() -> Iterator[None]:
+    """Turn grpc's errors into `GobgpError`."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        code = error.code() if isinstance(error, grpc.Call) else None
+        details = error.details() if isinstance(error, grpc.Call) else str(error)
+        gone = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        stuck = code == grpc.StatusCode.DEADLINE_EXCEEDED
+        if stuck:
+            details = "it is there, but does not answer: stopped or overloaded; learned routes stay"
+        unknown = code == grpc.StatusCode.UNIMPLEMENTED
+        raise GobgpError(details or str(code), gone=gone, stuck=stuck, unknown_service=unknown) from error
+
+
+def _grouped(steps: Iterable[Step]) -> Iterator[Sequence[Step]]:
+    """The steps in their order; those that announce or withdraw paths together, as far as they follow each other."""
+    group: list[Step] = []
+    for step in steps:
+        together = isinstance(step, AddPath | RemovePath)
+        if group and (not together or type(step) is not type(group[0]) or len(group) == PATHS_TOGETHER):
+            yield group
+            group = []
+        if together:
+            group.append(step)
+        else:
+            yield (step,)
+    if group:
+        yield group
 
 
 def _serialize(message: Any) -> bytes:

@@ -7,6 +7,7 @@ Pure: messages only. What gobgpd fills in or reorders on read-back is taken out 
 from __future__ import annotations
 
 import ipaddress
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
@@ -252,7 +253,8 @@ def route_event(dialect: Dialect, path: Any) -> RouteEvent | None:
     if path.is_withdraw:
         return RouteEvent(prefix, None, local)
     next_hop = dialect.next_hop_of(path)
-    return None if next_hop is None else RouteEvent(prefix, next_hop, local)
+    # Of next hops there are few and of prefixes many: one text of each for all that have it.
+    return None if next_hop is None else RouteEvent(prefix, sys.intern(next_hop), local)
 
 
 def address_text(text: str) -> str:
