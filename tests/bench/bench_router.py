@@ -233,9 +233,9 @@ def learned() -> Iterator[Result]:
 
 def single(made: Bench, kind: str, values: Sequence[float], baseline: Baseline) -> Result:
     """p99 of single changes, from the peer's message to the kernel."""
-    shape = f"{len(values)} one after the other beside 4,000 routes, median {percentile(values, 50):.1f} ms"
+    shape = f"{len(values)} one after the other beside 4,000 routes, median {percentile(values, 0.5):.1f} ms"
     what = f"one {kind} prefix, from the peer's message to the kernel, p99"
-    return Result(f"router.{kind}.one", what, percentile(values, 99), "ms", 20.0, baseline, shape)
+    return Result(f"router.{kind}.one", what, percentile(values, 0.99), "ms", 20.0, baseline, shape)
 
 
 def moves(made: Bench) -> list[float]:
@@ -365,9 +365,9 @@ def announced(made: Bench) -> Iterator[Result]:
         made.until(lambda prefix=prefix: prefix not in made.peer.routes)  # type: ignore[misc]
         withdrawn.append((made.peer.updates[-1].at - began) * 1000)
     for kind, values in (("added", added), ("withdrawn", withdrawn)):
-        shape = f"40 Services beside {SERVICES}, {NODES} nodes; median {percentile(values, 50):.0f} ms"
+        shape = f"40 Services beside {SERVICES}, {NODES} nodes; median {percentile(values, 0.5):.0f} ms"
         what = f"one Service {kind}, from the watcher's message to the peer's table, p95"
-        yield Result(f"router.vip.{kind}", what, percentile(values, 95), "ms", 100.0, None, shape)
+        yield Result(f"router.vip.{kind}", what, percentile(values, 0.95), "ms", 100.0, None, shape)
 
 
 def memory(made: Bench) -> Iterator[Result]:
