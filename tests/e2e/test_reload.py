@@ -58,6 +58,7 @@ class Running:
         self.agent, self.files = agent, files
         self.mark = 0
         self.normal: dict[str, Any] = {}
+        self.ended = False
 
     def write(self, *flags: str, passwords: str = encoded(SECRET)) -> None:
         """Give these flags, behind a comment."""
@@ -140,6 +141,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 def as_before(running: Running) -> Iterator[None]:
     """Every test begins and ends with `FLAGS`."""
     yield
+    if running.ended:
+        return
     running.write(*FLAGS)
     normal = lambda: running.settings() == running.normal and running.settled() and not running.warnings()  # noqa: E731
     assert wait_until(normal, 20), (running.settings(), running.agent.table(), running.agent.log[-3000:])
@@ -277,3 +280,15 @@ def test_what_was_begun_is_finished_by_the_next(running: Running) -> None:
     os.kill(before["reload"], signal.SIGKILL)
     assert wait_until(lambda: running.pids().get("cni") not in (0, before["cni"]), 20)
     assert running.restarted(before) == {"cni", "reload"}
+
+
+def test_graceful_restart_switched_on_later_decides_how_gobgpd_is_ended(running: Running) -> None:
+    """Runs last: the agent does not come back. supervisord itself would still send the signal of the start."""
+    running.write(*FLAGS, "--bgp-graceful-restart")
+    running.said("--bgp-graceful-restart=false -> true", "restart router")
+    assert wait_until(lambda: running.settled(), 20)
+    before = running.pids()
+    assert running.agent.stop()[0] == 0
+    assert "gobgpd: ended: terminated by SIGKILL" in running.agent.log, running.agent.log[-2000:]
+    assert before["gobgpd"] and not Path(f"/proc/{before['gobgpd']}").exists()
+    running.ended = True
