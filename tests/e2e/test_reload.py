@@ -286,7 +286,7 @@ def test_graceful_restart_switched_on_later_decides_how_gobgpd_is_ended(running:
     """Runs last: the agent does not come back. supervisord itself would still send the signal of the start."""
     running.write(*FLAGS, "--bgp-graceful-restart")
     running.said("--bgp-graceful-restart=false -> true", "restart router")
-    assert wait_until(lambda: running.settled(), 20)
+    assert wait_until(running.settled, 20)
     before = running.pids()
     assert running.agent.stop()[0] == 0
     assert "gobgpd: ended: terminated by SIGKILL" in running.agent.log, running.agent.log[-2000:]
