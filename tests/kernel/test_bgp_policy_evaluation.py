@@ -1,14 +1,14 @@
 """Our words for gobgpd's evaluation of policies (``verdicts.py``) against the daemons, for generated policies.
 
-One daemon of each generation under test and a peer of it without policies. A path that is always let through, another
-one in each round, says that everything before it has arrived.
+One daemon of each generation under test and a peer of it without policies. Two paths that are always let through, one a
+family and others in each round, say that everything before them has arrived: families travel in messages of their own.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from kube_router.workers.router.bgpstate import (
     LEARNED_EXTERNAL,
     LEARNED_INTERNAL,
     OPEN,
+    Assignment,
     BgpState,
     Neighbor,
     Policies,
@@ -55,8 +56,8 @@ class Pair:
         """Change the daemon under test, without what a plan adds for peers to notice."""
         assert self.tested.client.apply(Plan(steps)) == (len(steps), ())
 
-    def until(self, marker: str, seen: Outsider, what: str) -> None:
-        wait_for(lambda: marker in seen.routes(), 15, what, self.tested, self.peer)
+    def until(self, number: int, seen: Outsider) -> None:
+        wait_for(lambda: {*markers(number)} <= seen.routes().keys(), 15, f"round {number}", self.tested, self.peer)
 
 
 @pytest.fixture(params=BINARIES, ids=lambda generation: f"gobgpd{generation}")
@@ -77,15 +78,20 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
         yield pair
 
 
-def paths_of(number: int, host: int) -> dict[str, str]:
+def markers(number: int) -> tuple[str, str]:
+    return f"192.0.2.{number}/32", f"2001:db8:ffff::{number:x}/128"
+
+
+def paths_of(prefixes: Iterable[str], host: int) -> dict[str, str]:
     hops = {4: f"10.0.0.{host}", 6: f"2001:db8:1::{host}"}
-    marker = f"192.0.2.{number}/32"
-    return {prefix: hops[6 if ":" in prefix else 4] for prefix in (*PREFIXES, marker)}
+    return {prefix: hops[6 if ":" in prefix else 4] for prefix in prefixes}
 
 
 def generated(chance: random.Random, direction: str, number: int) -> Policies:
     """Policies of our kind: sets that are exact or hold parts throughout, some without members, neighbours or not."""
-    sets: dict[str, frozenset[PrefixRange]] = {"marker": frozenset({PrefixRange(f"192.0.2.{number}/32", 32, 32)})}
+    sets = {
+        f"marker{index}": frozenset({_exact(ipaddress.ip_network(item))}) for index, item in enumerate(markers(number))
+    }
     for name in ("a", "b", "c", "d"):
         family = chance.choice((4, 6))
         networks = [item for item in map(ipaddress.ip_network, PREFIXES) if item.version == family]
@@ -93,7 +99,7 @@ def generated(chance: random.Random, direction: str, number: int) -> Policies:
         sets[name] = frozenset(map(_exact if chance.random() < 0.5 else _parts, members)) if members else frozenset()
     neighbors = {"peer": frozenset({f"{PEER}/32"}), "other": frozenset({f"{NOBODY}/32"}), "nobody": frozenset[str]()}
     learned = ("", "", "", LEARNED_INTERNAL, LEARNED_EXTERNAL) if direction == "export" else ("",)
-    statements = [Statement("marker", "peer", True)]
+    statements = [Statement("marker0", "peer", True), Statement("marker1", "peer", True)]
     for prefix_set in chance.sample(("a", "b", "c", "d", ""), chance.randint(1, 5)):
         neighbor_set = chance.choice(("peer", "peer", "other", "nobody"))
         statements.append(Statement(prefix_set, neighbor_set, chance.random() < 0.5, learned=chance.choice(learned)))
@@ -113,19 +119,25 @@ def _parts(network: IPNetwork) -> PrefixRange:
     return PrefixRange(str(network), network.prefixlen, network.max_prefixlen)
 
 
+def judged(policies: Policies, assignment: Assignment, statements: Sequence[Statement], number: int) -> set[str]:
+    """What passes, in our words."""
+    prefixes = (*PREFIXES, *markers(number))
+    return {prefix for prefix in prefixes if accepts(decision(policies, assignment, statements, prefix, PEER))}
+
+
 def test_exports_are_what_we_say(pair: Pair) -> None:
     chance = random.Random(1)
     for number in range(1, ROUNDS + 1):
         policies = generated(chance, "export", number)
         assignment = replace(EXPORT_ASSIGNMENT, accept=chance.random() < 0.3)
-        paths = paths_of(number, 1)
-        marker = f"192.0.2.{number}/32"
-        pair.do(*(RemovePath(*item) for item in paths_of(number - 1, 1).items()))
+        gone = paths_of((*PREFIXES, *markers(number - 1)), 1)
+        pair.do(*(RemovePath(*item) for item in gone.items()))
         pair.do(SetPolicies(policies), Assign("export", assignment))
-        pair.do(*(AddPath(prefix, hop) for prefix, hop in paths.items()))
-        assert [*paths][-1] == marker
-        pair.until(marker, pair.peer, f"round {number}")
-        wanted = {prefix for prefix in paths if accepts(decision(policies, assignment, policies.export, prefix, PEER))}
+        pair.do(*(AddPath(*item) for item in paths_of(PREFIXES, 1).items()))
+        for item in paths_of(markers(number), 1).items():
+            pair.do(AddPath(*item))
+        pair.until(number, pair.peer)
+        wanted = judged(policies, assignment, policies.export, number)
         assert set(pair.peer.routes()) == wanted, f"round {number}: {policies}"
 
 
@@ -135,9 +147,8 @@ def test_imports_are_what_we_say(pair: Pair) -> None:
         policies = generated(chance, "import", number)
         assignment = replace(IMPORT_ASSIGNMENT, accept=chance.random() < 0.5)
         pair.do(SetPolicies(policies), Assign("import", assignment), JudgeAgain(PEER))
-        paths = paths_of(number, 2)
-        pair.peer.plan(replace(pair.peer.state, paths=paths))
-        marker = f"192.0.2.{number}/32"
-        pair.until(marker, pair.tested, f"round {number}")
-        wanted = {prefix for prefix in paths if accepts(decision(policies, assignment, policies.import_, prefix, PEER))}
-        wait_for(lambda: set(pair.tested.routes()) == wanted, 3, f"round {number}: {policies}, {wanted}", pair.tested)  # noqa: B023
+        for prefixes in (PREFIXES, (*PREFIXES, *markers(number))):
+            pair.peer.plan(replace(pair.peer.state, paths=paths_of(prefixes, 2)))
+        pair.until(number, pair.tested)
+        wanted = judged(policies, assignment, policies.import_, number)
+        assert set(pair.tested.routes()) == wanted, f"round {number}: {policies}"
