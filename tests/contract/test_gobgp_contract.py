@@ -154,16 +154,16 @@ def test_a_set_with_a_member_that_is_none_is_refused(started: Client) -> None:
     assert started.observe().policies == Policies()
 
 
-def test_the_stream_begins_with_peers_an_end_and_the_table_and_goes_on_with_changes(started: Client) -> None:
+def test_the_stream_begins_with_peers_and_the_table_and_goes_on_with_changes(started: Client) -> None:
     started.apply_step(AddNeighbor(WANTED.neighbors["10.0.0.2"]))
     started.apply_step(AddPath("198.51.100.0/24", "10.0.0.1"))
     with watching(started) as (watch, eventfd):
-        rib, peers, ended = Rib(), set[str](), False
+        rib, peers = Rib(), set[str]()
         deadline = time.monotonic() + 10
-        while not (ended and rib.local) and time.monotonic() < deadline:
+        while not rib.local and time.monotonic() < deadline:
             select.select([eventfd], [], [], 0.1)
             taken = watch.take()
-            peers, ended = peers | taken.peers, ended or taken.end_of_init
+            peers |= taken.peers
             rib.apply(taken.routes.values())
         assert dict(rib.local) == {"198.51.100.0/24": "10.0.0.1"} and rib.routes == {}
         assert "10.0.0.2" in peers
@@ -174,14 +174,27 @@ def test_the_stream_begins_with_peers_an_end_and_the_table_and_goes_on_with_chan
         assert rib.local == {}
 
 
-def test_a_table_without_paths_is_an_end_mark_and_no_route(started: Client) -> None:
+def test_a_table_without_paths_is_a_message_too(started: Client) -> None:
+    """So the table is complete when a message says so, and never because none came for a while."""
     with watching(started) as (watch, eventfd):
-        ended, events, deadline = False, 0, time.monotonic() + 5
-        while not ended and time.monotonic() < deadline:
+        deadline = time.monotonic() + 5
+        taken = watch.take()
+        while not taken.table and time.monotonic() < deadline:
             select.select([eventfd], [], [], 0.1)
             taken = watch.take()
-            ended, events = taken.end_of_init, events + taken.events
-        assert ended and events == 0
+        assert taken.table and taken.events == 0
+
+
+def test_the_first_table_message_is_the_whole_table(started: Client) -> None:
+    steps = tuple(AddPath(f"100.{number // 256}.{number % 256}.0/24", "10.0.0.1") for number in range(3000))
+    assert started.apply(Plan(steps)) == (3000, ())
+    with watching(started) as (watch, eventfd):
+        deadline = time.monotonic() + 10
+        taken = watch.take()
+        while not taken.table and time.monotonic() < deadline:
+            select.select([eventfd], [], [], 0.1)
+            taken = watch.take()
+        assert len(taken.routes) == 3000
 
 
 @contextmanager

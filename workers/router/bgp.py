@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 5.0
 """How long gobgpd may be away before that is worth a warning: it starts beside this worker, or is restarted."""
 RECONNECT_FIRST_SECONDS, RECONNECT_MOST_SECONDS = 0.1, 1.0
-EMPTY_TABLE_SECONDS = 0.5
-"""After the watch's end mark: no table message so long after it means that the table is empty."""
+LOOK_AGAIN_SECONDS = 0.5
+"""While something is awaited that no event tells of."""
 TABLE_SECONDS = 1.0
 """How long a restarted worker waits for the table of a daemon that it adopts, before it lists the paths itself."""
 QUIET_SECONDS = 1.0
@@ -87,7 +87,6 @@ class Bgp:
         now = self._clock.monotonic()
         self._away_since, self._attempts, self._attempt_at = now, 0, now
         self._young_until = now
-        self._end_of_init_at: float | None = None
         self._heard_at = self._attached_at = now
         self._synced: float | None = None
 
@@ -141,10 +140,7 @@ class Bgp:
     def _note_progress(self, taken: Taken, now: float) -> None:
         if self._complete:
             return
-        if taken.end_of_init:
-            self._end_of_init_at = now
-        empty = self._end_of_init_at is not None and now >= self._end_of_init_at + EMPTY_TABLE_SECONDS
-        if taken.table or empty:
+        if taken.table:
             self._complete = True
             self._settle(now)
 
@@ -196,7 +192,6 @@ class Bgp:
             self._away_since = self._clock.monotonic()
         self._client = self._watch = self._believed = self._stuck_until = None
         self._complete = self._settled = False
-        self._end_of_init_at = None
         self._sessions.forget()
 
     def _open_watch(self, client: Client) -> None:
@@ -299,7 +294,7 @@ class Bgp:
             work.observations["controller_bgp_internal_peers_sync_time"] = (self._clock.monotonic() - began,)
         self._asn = wanted.speaker.asn if wanted.speaker is not None else 0
         if wanted.speaker is None and began < self._attached_at + PATIENCE_SECONDS:
-            work.retries.append(EMPTY_TABLE_SECONDS)
+            work.retries.append(LOOK_AGAIN_SECONDS)
         replaced = any(isinstance(step, ReplaceDaemon) for step in plan.steps)
         self._believed = None if self._failures or replaced or wanted.speaker is None else wanted
         if replaced and not self._failures:
@@ -357,12 +352,10 @@ class Bgp:
             return
         neighbors = self._believed.neighbors if self._believed is not None else {}
         again = self._sessions.look(client, self._asn, neighbors)
-        now = self._clock.monotonic()
-        self._note_progress(Taken(), now)
-        self._settle(now)
+        self._settle(self._clock.monotonic())
         work.retries.append(again)
         if self.hold_deletions:
-            work.retries.append(EMPTY_TABLE_SECONDS)
+            work.retries.append(LOOK_AGAIN_SECONDS)
 
     def _outcome(self, own: NodeFacts, work: _Work) -> Outcome:
         work.counters["controller_bgp_advertisements_received"] = self._received

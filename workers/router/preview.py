@@ -32,9 +32,8 @@ from kube_router.workers.runtime import Trigger
 from kube_router.workers.settings import Secrets, Settings
 
 NAME = "plan-router"
-TABLE_SECONDS = 2.0
-"""How long the table of a daemon that runs is waited for; one without any path sends none."""
-EMPTY_SECONDS = 0.5
+TABLE_SECONDS = 5.0
+"""How long the table of a daemon that runs is waited for."""
 
 
 class PlanError(Exception):
@@ -132,13 +131,11 @@ def _table(client: Client) -> Rib:
             if taken.broken is not None:
                 raise GobgpError(taken.broken, gone=True)
             if taken.table:
-                break
-            if taken.end_of_init:
-                end = min(end, time.monotonic() + EMPTY_SECONDS)
+                return rib
     finally:
         watch.close()
         os.close(eventfd)
-    return rib
+    raise GobgpError(f"its table did not come within {TABLE_SECONDS:g} s")
 
 
 def _is_learning(client: Client, settings: Settings, wanted: BgpState) -> bool:

@@ -3,8 +3,8 @@
 Touches gobgpd's socket and an eventfd. gobgpd buffers for a slow reader without bound, so the thread only converts and
 keeps, the last event of each prefix; the loop takes that when it comes to it. Memory is bounded by the table's size.
 
-The stream begins with the peers' states, an end mark, and then the best paths in one message. With no path at all
-that message does not come: the end mark is passed on, for the loop to give up waiting.
+The stream begins with the peers' states, an end mark, and then the best paths in one message, which comes also if there
+are none. Nothing else says that the table is there: a large one takes a second after the mark on a busy machine.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ from kube_router.workers.router.rib import RouteEvent
 class Taken:
     """What came since the last `Watch.take`; of several events of one prefix the last.
 
-    ``events`` counts them all. ``table``: a table message was among it; ``end_of_init``: the end of the peers' states.
+    ``events`` counts them all. ``table``: a table message was among it, the first of which is the whole table.
     ``peers``: whose state has changed.
     """
 
     routes: dict[str, RouteEvent] = field(default_factory=dict)
     events: int = 0
     table: bool = False
-    end_of_init: bool = False
     peers: set[str] = field(default_factory=set)
     broken: str | None = None
 
@@ -90,11 +89,10 @@ class Watch:
             self._signal()
 
     def _on_peer(self, event: Any) -> None:
+        if event.type == self._dialect.messages.PEER_END_OF_INIT:
+            return
         with self._lock:
-            if event.type == self._dialect.messages.PEER_END_OF_INIT:
-                self._taken.end_of_init = True
-            else:
-                self._taken.peers.add(neighbors.event_address(event))
+            self._taken.peers.add(neighbors.event_address(event))
             self._signal()
 
     def _signal(self) -> None:
