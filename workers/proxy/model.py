@@ -170,7 +170,8 @@ class ProxyFrame:
 class ServiceTable:
     """Everything that stands now. Kept by the engine, read by the backends, which must not change it.
 
-    ``pools``: sorted by address and port, each endpoint once; those that some frontend names, also empty ones.
+    ``pools``: sorted by address and port, each endpoint once; those of every frontend that a Service asks for, also
+    empty ones.
     ``health``: by port.
     """
 
