@@ -111,9 +111,19 @@ class Engine:
         changed.frontends = {k for k, before in self._frontends_before.items() if self._frontends.get(k) != before}
         changed.pools = {key for key, before in self._pools_before.items() if self._pools.get(key) != before}
         changed.health = {port for port, before in self._health_before.items() if self._health.get(port) != before}
+        changed.touched = changed.frontends | {*self._that_use(changed.pools)}
         self._everything = False
         self._frontends_before, self._pools_before, self._health_before = {}, {}, {}
         return changed
+
+    def _that_use(self, pools: Iterable[PoolKey]) -> Iterator[Frontend]:
+        """The frontends that stand and send to some of these pools."""
+        changed = set(pools)
+        for key in {pool.owner.service for pool in changed} & self._known.keys():
+            for frontend, forwarding in self._known[key].plan.frontends.items():
+                used = {forwarding.pool(frontend, inside=True), forwarding.pool(frontend, inside=False)}
+                if used & changed and self._frontends.get(frontend) is forwarding:
+                    yield frontend
 
     def _apply(self, cluster: Cluster, services: Iterable[Key], slices: Iterable[Key]) -> None:
         dirty: dict[Key, None] = {}

@@ -189,11 +189,12 @@ class ServiceTable:
 class Changed:
     """What differs between two moments of a `ServiceTable`: keys that are new, gone or different.
 
-    ``everything`` says: look at all of it.
+    ``everything`` says: look at all of it. ``touched``: ``frontends``, and those whose pools are in ``pools``.
     """
 
     everything: bool = False
     frontends: set[Frontend] = field(default_factory=set)
+    touched: set[Frontend] = field(default_factory=set)
     pools: set[PoolKey] = field(default_factory=set)
     health: set[int] = field(default_factory=set)
 
