@@ -81,6 +81,11 @@ class ProxyNode:
         text = self.namespace.run(f"nft -s list table {KIND[family]} {NFT_TABLES[family]}")
         return re.sub(r"(map affinity \{[^}]*?)elements = \{[^}]*\}", r"\1", text)
 
+    def remembered(self, family: Family) -> bool:
+        """Whether any client has affinity now."""
+        text = self.namespace.run(f"nft list map {KIND[family]} {NFT_TABLES[family]} affinity")
+        return "elements" in text
+
     def tables(self) -> list[str]:
         """Both tables, without the order that sets, chains and elements have by accident."""
         text = "".join(map(self.table, Family))
