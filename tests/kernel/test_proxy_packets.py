@@ -99,9 +99,9 @@ class Serving:
         self.node = ProxyNode(self.space, own_node(), **{**ranges, **flags})
 
     def serve(self, names: str, **fields: Any) -> None:
-        self.set(web(**fields), *backed(self.net, names))
+        self.put(web(**fields), *backed(self.net, names))
 
-    def set(self, *objects: Projection) -> None:
+    def put(self, *objects: Projection) -> None:
         with self.space.enter():
             done = self.node.sync(*objects)
         assert not done.failures
@@ -344,10 +344,10 @@ def test_an_endpoint_drains_without_a_failed_call(serving: Serving, family: Fami
 @every_family
 def test_terminating_endpoints_serve_while_there_is_nobody_else(serving: Serving, family: Family) -> None:
     leaving = backed(serving.net, "b", ready=False, serving=True, terminating=True)
-    serving.set(web(), *leaving)
+    serving.put(web(), *leaving)
     assert serving.who("a", CLUSTER_IP[family], count=3) == {"b"}
     both = [msgspec.structs.replace(item, name=f"{item.name}-2") for item in backed(serving.net, "c")]
-    serving.set(*both)  # type: ignore[arg-type]
+    serving.put(*both)  # type: ignore[arg-type]
     assert serving.who("a", CLUSTER_IP[family], count=6) == {"c"}
 
 

@@ -269,7 +269,7 @@ def test_what_is_not_built_is_one_clear_line_each(manifests: Path) -> None:
     assert (result.returncode, result.stderr) == (1, "")
     text = " is asked for and not built yet: it does not run, and nothing else is affected"
     unbuilt = [line for line in result.stdout.splitlines() if line.endswith(text)]
-    assert [line.removesuffix(text).split()[-1] for line in unbuilt] == ["proxy", "loadbalancer"]
+    assert [line.removesuffix(text).split()[-1] for line in unbuilt] == ["loadbalancer"]
     assert sum("--service-cluster-ip-range" in line for line in result.stdout.splitlines()) == 1
 
 

@@ -33,7 +33,7 @@ def faults(*arguments: str, passwords_file: str | None = None) -> list[str]:
 def test_without_flags_the_settings_are_the_defaults() -> None:
     result = resolution()
     assert result.problems == () and result.remarks == ()
-    unbuilt = ("proxy",)
+    unbuilt = ()
     assert result.settings == msgspec.structs.replace(Settings(), node_name="node-1", unbuilt_workers=unbuilt)
     assert result.secrets == Secrets()
 
@@ -47,8 +47,8 @@ def test_settings_survive_their_file() -> None:
     ("arguments", "unbuilt"),
     [
         (["--run-service-proxy=false"], ()),
-        (["--run-firewall=false", "--run-loadbalancer"], ("proxy", "loadbalancer")),
-        (["--run-router=false"], ("proxy",)),
+        (["--run-firewall=false", "--run-loadbalancer"], ("loadbalancer",)),
+        (["--run-router=false"], ()),
     ],
 )
 def test_workers_that_are_asked_for_and_not_built(arguments: list[str], unbuilt: tuple[str, ...]) -> None:

@@ -20,6 +20,7 @@ from kube_router.workers.proxy.backend import BackendError, Synced
 from kube_router.workers.proxy.model import Changed, ProxyFrame, ServiceTable
 from kube_router.workers.proxy.names import NFT_TABLES
 from kube_router.workers.proxy.nftsync import TableResult, TableSync
+from kube_router.workers.proxy.stale import forget_connections
 
 PHASE = "nftables"
 _PACK = {
@@ -75,9 +76,10 @@ class Nftables:
                 failures.append(Failure(PHASE, f"{family}: {error}"))
         if not failures and not hold and (unchanged or all(result.looked for result in results.values())):
             self._generation = self._expect(before + sum(result.commits for result in results.values()))
+        left = [way for result in results.values() for way in result.left]
         return Synced(
             writes=sum(result.writes for result in results.values()),
-            failures=tuple(failures),
+            failures=(*failures, *forget_connections(left)),
             unable=self._unable(),
             repaired=tuple(line for result in results.values() for line in result.repaired),
             counts={"service_frontends": sum(self._table(family).frontends for family in frame.families)},
