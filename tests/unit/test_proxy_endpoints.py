@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Any
 
 import msgspec
@@ -10,7 +11,7 @@ from support.proxyworld import NODE, OTHER_NODE, endpoint, pods, slices
 
 from kube_router.ipc.messages import Endpoint, EndpointPort, EndpointSlice
 from kube_router.workers.model import Family
-from kube_router.workers.proxy.endpoints import Place, Selected, select
+from kube_router.workers.proxy.endpoints import Place, Selected, canonical, select
 from kube_router.workers.proxy.model import PoolKey, PortKey, Scope
 
 V4, V6 = Family.IPV4, Family.IPV6
@@ -202,3 +203,41 @@ def test_health_checks_count_each_ready_pod_of_this_node_once(
     ports = (EndpointPort(name="http", port=8080), EndpointPort(name="dns", port=53))
     here, there = pods(*range(1, count + 1), **conditions), pods(*range(1, 9), where=OTHER_NODE)
     assert selected(*slices("web", [*here, *there], *ports)).local == local
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "10.1.0.1",
+            "1.2.3.4",
+            "223.255.255.255",
+            "224.0.0.1",
+            "240.0.0.1",
+            "255.255.255.255",
+            "0.0.0.0",
+            "127.0.0.1",
+        ),
+        *("169.254.0.1", "169.25.0.1", "01.2.3.4", "1.2.3", "1.2.3.4.5", "256.1.1.1", "1.2.3.٤"),
+        *("fd00::1", "fd00:1:2:3:4:5:6:7", "fd00:0:1::1", "fd00::0:1", "fd00:1:2:3:4:5::7", "fd00:1:2:3:4::7", "::1"),
+        *("fd00:1:2:3:4:5:6::", "fd00::", "::", "fd00::1::2", "FD00::1", "fd00::01", "fe80::1", "ff02::1", "febf::1"),
+        *("fec0::1", "fd00:1::2:3:4:5:6", "fd00:1::2:3:4:5:6:7", "::ffff:10.0.0.1", "fd00::10.0.0.1", "fd00::1%eth0"),
+        *("", "x", "10.1.0.1/32", "fd00:1:0:0:2::1", "fd00::1:0:0:1"),
+    ],
+)
+def test_an_address_is_canonical_by_the_short_way_as_by_the_long_one(text: str) -> None:
+    for family in Family:
+        assert canonical(text, family) == plainly(text, family)
+
+
+def plainly(text: str, family: Family) -> str | None:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.scope_id:
+            return None
+        address = address.ipv4_mapped or address
+    bad = address.is_unspecified or address.is_loopback or address.is_link_local or address.is_multicast
+    return None if bad or address.version != family else str(address)

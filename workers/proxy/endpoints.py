@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -23,6 +24,15 @@ from kube_router.workers.proxy.model import PROTOCOLS, Endpoint, PoolKey, Scope
 INVALID = "InvalidEndpointSlice"
 _FAMILIES = {"IPv4": Family.IPV4, "IPv6": Family.IPV6}
 _LAST_PORT = 65535
+_OCTET, _GROUP = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)", r"[1-9a-f][0-9a-f]{0,3}"
+_PLAIN = {
+    Family.IPV4: re.compile(rf"{_OCTET}(?:\.{_OCTET}){{3}}", re.ASCII),
+    Family.IPV6: re.compile(rf"{_GROUP}(?::{_GROUP}){{0,4}}::(?:{_GROUP}(?::{_GROUP}){{0,4}})?"),
+}
+"""Addresses that are canonical as they stand. Of IPv6: one gap, no zero beside it, and not too long (below)."""
+_MOST_COLONS = 6
+_PECULIAR = ("0.", "127.", "169.254.", "22", "23", "24", "25", "fe8", "fe9", "fea", "feb", "ff")
+"""How those begin that need a closer look: loopback, link-local, multicast, reserved (and some that need none)."""
 
 
 class Usable(enum.IntEnum):
@@ -158,6 +168,8 @@ def _local_addresses(found: _ByPort) -> int:
 
 def canonical(text: str, family: Family) -> str | None:
     """The canonical text of an address that an endpoint of a family can have; None for any other."""
+    if _PLAIN[family].fullmatch(text) and text.count(":") <= _MOST_COLONS and not text.startswith(_PECULIAR):
+        return text  # nearly always
     found = _canonical(text)
     return found if found is not None and (":" in found) == (family is Family.IPV6) else None
 

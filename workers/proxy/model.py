@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import msgspec
+
 from kube_router.ipc.messages import Key
 from kube_router.workers.model import Family, IPNetwork
 
@@ -66,8 +68,8 @@ class Frontend(NamedTuple):
         return f"{address}:{self.port}/{self.protocol}" if self.address else f"{address} {self.port}/{self.protocol}"
 
 
-class Endpoint(NamedTuple):
-    """One endpoint of a pool. ``local``: it runs on this node."""
+class Endpoint(msgspec.Struct, frozen=True, order=True, gc=False):
+    """One endpoint of a pool. ``local``: it runs on this node. Of these there are many: half of a tuple's size."""
 
     address: str
     port: int
