@@ -17,10 +17,8 @@ from support.proxyworld import (
     Objects,
     judged,
     questions,
-    random_nodes,
+    random_change,
     random_objects,
-    random_services,
-    random_slices,
     tabled,
 )
 
@@ -44,7 +42,7 @@ def fresh(objects: Objects) -> Engine:
 
 
 @given(random_objects())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_the_table_says_of_every_packet_what_the_judge_says(objects: Objects) -> None:
     table = fresh(objects).table
     for asked in questions(objects):
@@ -52,7 +50,7 @@ def test_the_table_says_of_every_packet_what_the_judge_says(objects: Objects) ->
 
 
 @given(random_objects(), st.data())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_after_any_changes_it_is_the_table_of_the_end(objects: Objects, data: st.DataObject) -> None:
     engine = fresh(objects)
     objects.changes()
@@ -64,7 +62,7 @@ def test_after_any_changes_it_is_the_table_of_the_end(objects: Objects, data: st
             if present and data.draw(st.booleans()):
                 objects.remove(*data.draw(st.sampled_from(present)))
             else:
-                objects.put(data.draw(random_services() | random_slices() | random_nodes))
+                objects.put(data.draw(random_change(objects)))
         engine.update(objects.cluster(), objects.changes())
         changed = engine.take_changed()
         other = fresh(objects)
@@ -77,7 +75,7 @@ def test_after_any_changes_it_is_the_table_of_the_end(objects: Objects, data: st
 
 
 @given(random_objects())
-@settings(max_examples=50)
+@settings(max_examples=30)
 def test_being_told_of_everything_once_more_changes_nothing(objects: Objects) -> None:
     engine = fresh(objects)
     engine.take_changed()

@@ -220,6 +220,8 @@ def random_services(draw: st.DrawFn) -> Service:
         annotations["kube-router.io/service.local"] = draw(st.sampled_from(["true", "yes"]))
     if draw(st.integers(0, 5)) == 0:
         annotations["kube-router.io/service.skiplbips"] = ""
+    if draw(st.integers(0, 9)) == 0:
+        annotations["kube-router.io/service.scheduler"] = "sh"
     labels = draw(
         st.sampled_from(
             [{}] * 6
@@ -287,21 +289,27 @@ def random_endpoints(draw: st.DrawFn, family: Family) -> Endpoint:
     )
 
 
+STRAY_PORTS = (("", "TCP"), ("http", "TCP"), ("dns", "UDP"))
+
+
 @st.composite
-def random_slices(draw: st.DrawFn) -> EndpointSlice:
-    """A slice of one of the Services above, or of none."""
+def random_slices(draw: st.DrawFn, services: tuple[Service, ...] = ()) -> EndpointSlice:
+    """A slice of one of ``services``, for ports that it has and others; now and then of a Service that there is not."""
     family = draw(st.sampled_from(list(Family)))
-    names = draw(st.lists(st.sampled_from(["", "http", "dns"]), min_size=1, max_size=3, unique=True))
+    owner = draw(st.sampled_from(services)) if services and draw(st.integers(0, 9)) else None
+    own = tuple((port.name, port.protocol) for port in owner.ports) if owner is not None else ()
+    stray = draw(st.lists(st.sampled_from(STRAY_PORTS), max_size=1 if own else 3))
     ports = tuple(
-        EndpointPort(name=name, protocol=draw(PROTOCOLS), port=draw(st.sampled_from([8080, 8080, 9090, None])))
-        for name in names
+        EndpointPort(name=name, protocol=protocol, port=draw(st.sampled_from([8080, 8080, 8080, 9090, None])))
+        for name, protocol in dict.fromkeys([*own, *stray])
     )
     found = draw(st.lists(random_endpoints(family), max_size=5, unique_by=lambda item: item.addresses))
+    name = owner.name if owner is not None else draw(st.sampled_from("abc"))
     return EndpointSlice(
-        name=f"{draw(st.sampled_from('abc'))}-{family}-{draw(st.sampled_from('12'))}",
-        namespace=draw(st.sampled_from(["x", "y"])),
-        service=draw(st.sampled_from("abc")),
-        labels=draw(st.sampled_from([{}] * 5 + [{"service.kubernetes.io/headless": ""}])),
+        name=f"{name}-{family}-{draw(st.sampled_from('12'))}",
+        namespace=owner.namespace if owner is not None else draw(st.sampled_from(["x", "y"])),
+        service=name,
+        labels=draw(st.sampled_from([{}] * 8 + [{"service.kubernetes.io/headless": ""}])),
         address_type=str(family),
         endpoints=tuple(found),
         ports=ports,
@@ -315,9 +323,15 @@ random_nodes = st.sampled_from([node(), node(zone="a"), node(zone="c")])
 def random_objects(draw: st.DrawFn) -> Objects:
     """A whole cluster. A pod has the same hints in every slice, as the control plane gives them."""
     objects = Objects().put(draw(random_nodes), node(OTHER_NODE))
-    objects.put(*draw(st.lists(random_services(), max_size=5)))
-    objects.put(*draw(st.lists(random_slices(), max_size=6)))
+    services = draw(st.lists(random_services(), min_size=1, max_size=5))
+    objects.put(*services)
+    objects.put(*draw(st.lists(random_slices(tuple(services)), min_size=1, max_size=8)))
     return objects
+
+
+def random_change(objects: Objects) -> st.SearchStrategy[Projection]:
+    """Something new, or something known that becomes another thing."""
+    return random_services() | random_slices(objects.of(Service)) | random_nodes
 
 
 def questions(objects: Objects) -> Iterable[Asked]:

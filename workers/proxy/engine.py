@@ -59,8 +59,8 @@ class Engine:
         self._ips = ServiceIps(settings)
         self._place = Place(settings.node_name)
         self._known: dict[Key, _Known] = {}
-        self._slices: dict[Key, dict[Key, None]] = {}
-        """By Service: the keys of its slices."""
+        self._slices: dict[Key, tuple[Key, ...]] = {}
+        """By Service: the keys of its slices, sorted."""
         self._slice_owner: dict[Key, Key] = {}
         self._frontend_owners: Owners[Frontend] = Owners()
         self._health_owners: Owners[int] = Owners()
@@ -151,14 +151,13 @@ class Engine:
         before = self._slice_owner.pop(key, None)
         if before is not None:
             yield before
-            slices = self._slices[before]
-            del slices[key]
-            if not slices:
-                del self._slices[before]
+            left = tuple(each for each in self._slices.pop(before) if each != key)
+            if left:
+                self._slices[before] = left
         if item is not None and item.service:
             owner = f"{item.namespace}/{item.service}"
             self._slice_owner[key] = owner
-            self._slices.setdefault(owner, {})[key] = None
+            self._slices[owner] = tuple(sorted((*self._slices.get(owner, ()), key)))
             yield owner
 
     def _on_service(self, key: Key, service: Service | None) -> None:
