@@ -296,7 +296,7 @@ STRAY_PORTS = (("", "TCP"), ("http", "TCP"), ("dns", "UDP"))
 def random_slices(draw: st.DrawFn, services: tuple[Service, ...] = ()) -> EndpointSlice:
     """A slice of one of ``services``, for ports that it has and others; now and then of a Service that there is not."""
     family = draw(st.sampled_from(list(Family)))
-    owner = draw(st.sampled_from(services)) if services and draw(st.integers(0, 9)) else None
+    owner = draw(st.sampled_from(services)) if services and draw(st.integers(0, 9)) > 0 else None
     own = tuple((port.name, port.protocol) for port in owner.ports) if owner is not None else ()
     stray = draw(st.lists(st.sampled_from(STRAY_PORTS), max_size=1 if own else 3))
     ports = tuple(
@@ -323,7 +323,7 @@ random_nodes = st.sampled_from([node(), node(zone="a"), node(zone="c")])
 def random_objects(draw: st.DrawFn) -> Objects:
     """A whole cluster. A pod has the same hints in every slice, as the control plane gives them."""
     objects = Objects().put(draw(random_nodes), node(OTHER_NODE))
-    services = draw(st.lists(random_services(), min_size=1, max_size=5))
+    services: list[Service] = draw(st.lists(random_services(), min_size=1, max_size=5))
     objects.put(*services)
     objects.put(*draw(st.lists(random_slices(tuple(services)), min_size=1, max_size=8)))
     return objects
