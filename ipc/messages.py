@@ -159,11 +159,15 @@ class EndpointPort(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 class EndpointSlice(Projection, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """EndpointSlice; ``service`` is the owning Service's name by label, owner reference or generated name."""
+    """EndpointSlice; ``service`` is the owning Service's name by label, owner reference or generated name.
+
+    ``last_change``: time stamp of the change of a pod or Service that led to this state of the slice.
+    """
 
     annotations: dict[str, str] = {}
     labels: dict[str, str] = {}
     service: str = ""
+    last_change: str = ""
     address_type: str = ""
     endpoints: tuple[Endpoint, ...] = ()
     ports: tuple[EndpointPort, ...] = ()

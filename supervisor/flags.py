@@ -168,6 +168,12 @@ OWN_FLAGS: tuple[Flag, ...] = (
         "Cut open connections of pods that a changed NetworkPolicy forbids.",
     ),
     _flag(
+        "service-proxy-backend",
+        "string",
+        "auto",
+        "How Services are translated: 'auto', 'ipvs' or 'nftables'; 'auto' takes what the kernel has.",
+    ),
+    _flag(
         "flags-file",
         "string",
         "",

@@ -67,7 +67,7 @@ PROGRAMS: tuple[Program, ...] = (
     Program("cni", ("run_router", "enable_cni"), built=True, capabilities=("net_admin",), helpful=("sys_module",)),
     # iptables only for one of its backends, which says so itself when it is missing.
     Program("firewall", ("run_firewall",), built=True, capabilities=("net_admin", "net_raw")),
-    Program("proxy", ("run_service_proxy",), built=False),
+    Program("proxy", ("run_service_proxy",), built=True, capabilities=("net_admin", "net_raw")),
     Program("loadbalancer", ("run_loadbalancer",), built=True, leaves_state=False, user=WORKER_USER),
     Program("health", (), built=True, leaves_state=False, user=WORKER_USER),
     Program(

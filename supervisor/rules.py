@@ -327,4 +327,5 @@ RULES: dict[str, Rule] = {
     "run-dir": run_directory,
     "state-dir": directory,
     "log-format": one_of("text", "json"),
+    "service-proxy-backend": one_of("auto", "ipvs", "nftables"),
 }

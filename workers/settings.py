@@ -112,6 +112,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     loadbalancer_sync_period: float = 60.0
     # ours
     flags_file: str = ""
+    service_proxy_backend: str = "auto"
     overlay_encap_accept_ports: tuple[int, ...] = ()
     bgp_max_prefixes: int = 50_000
     bgp_accept_covering_prefixes: bool = False

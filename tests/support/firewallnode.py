@@ -17,6 +17,7 @@ from kube_router.ipc.channels import HeartbeatSender, NoticeSender
 from kube_router.ipc.messages import (
     Beacon,
     Delta,
+    EndpointSlice,
     Heartbeat,
     Key,
     Kind,
@@ -35,7 +36,7 @@ from kube_router.ipc.replica import Changes, Cluster, Replica, ReplicaState
 from kube_router.workers.firewall.__main__ import PACE
 from kube_router.workers.firewall.controller import FirewallController
 from kube_router.workers.firewall.reach import reach
-from kube_router.workers.runtime import Loop
+from kube_router.workers.runtime import Controller, Loop
 from kube_router.workers.settings import Settings
 
 IN_SYNC = SourceState(source="test", in_sync=True)
@@ -46,6 +47,7 @@ KIND_OF: dict[type[Projection], Kind] = {
     ApiNamespace: "namespaces",
     NetworkPolicy: "networkpolicies",
     Service: "services",
+    EndpointSlice: "endpointslices",
 }
 
 
@@ -55,8 +57,8 @@ class FedReplica:
     sockets = ()
     dropped = 0
 
-    def __init__(self) -> None:
-        self.core = ReplicaState("firewall", FirewallController.kinds)
+    def __init__(self, controller: Controller) -> None:
+        self.core = ReplicaState(controller.name, controller.kinds)
         self.wire: deque[Snapshot | Delta | Beacon] = deque()
 
     @property
@@ -98,16 +100,15 @@ class Outbox:
         return True
 
 
-class FirewallNode:
-    """One firewall worker; must be used by a thread that is inside of the namespace."""
+class WorkerNode:
+    """One worker; must be used by a thread that is inside of the namespace."""
 
-    def __init__(self, settings: Settings, state: SourceState = IN_SYNC) -> None:
-        self.settings = settings
-        self.objects: dict[Kind, dict[Key, Projection]] = {kind: {} for kind in FirewallController.kinds}
-        self.seqs = dict.fromkeys(FirewallController.kinds, 0)
+    def __init__(self, controller: Controller, state: SourceState = IN_SYNC) -> None:
+        self.controller = controller
+        self.objects: dict[Kind, dict[Key, Projection]] = {kind: {} for kind in controller.kinds}
+        self.seqs = dict.fromkeys(controller.kinds, 0)
         self.state = state
-        self.replica, self.heartbeats, self.notices = FedReplica(), Outbox(), Outbox()
-        self.controller = FirewallController(settings, lambda: reach(settings))
+        self.replica, self.heartbeats, self.notices = FedReplica(controller), Outbox(), Outbox()
         self.loop = Loop(
             self.controller,
             cast(Replica, self.replica),
@@ -186,6 +187,14 @@ class FirewallNode:
     def close(self) -> None:
         """As a worker that ends: sockets go, the kernel keeps everything."""
         self.controller.close()
+
+
+class FirewallNode(WorkerNode):
+    """A firewall worker."""
+
+    def __init__(self, settings: Settings, state: SourceState = IN_SYNC) -> None:
+        super().__init__(FirewallController(settings, lambda: reach(settings)), state)
+        self.settings = settings
 
 
 @contextlib.contextmanager

@@ -262,14 +262,12 @@ def test_an_address_of_nobody(manifests: Path, tmp_path: Path) -> None:
     assert "cannot listen on it at 2001:db8::1: Cannot assign requested address" in result.stderr
 
 
-def test_what_is_not_built_is_one_clear_line_each(manifests: Path) -> None:
+def test_all_that_can_be_asked_for_is_built_and_remarks_are_one_line_each(manifests: Path) -> None:
     # The run directory cannot be made: all checks are passed and nothing is started.
     arguments = [f"--manifests={manifests}", "--health-port=0", "--run-dir=/proc/version/run"]
     result = run(*arguments, "--enable-ipv4=false", "--enable-ipv6")
     assert (result.returncode, result.stderr) == (1, "")
-    text = " is asked for and not built yet: it does not run, and nothing else is affected"
-    unbuilt = [line for line in result.stdout.splitlines() if line.endswith(text)]
-    assert [line.removesuffix(text).split()[-1] for line in unbuilt] == ["proxy"]
+    assert "not built yet" not in result.stdout
     assert sum("--service-cluster-ip-range" in line for line in result.stdout.splitlines()) == 1
 
 

@@ -74,6 +74,7 @@ def test_supervisord_reads_what_was_meant(tmp_path: Path) -> None:
         "health",
         "listener",
         "odd",
+        "proxy",
         "router",
         "watcher",
     ]
@@ -98,7 +99,7 @@ def test_programs_start_in_the_order_of_the_table_and_gobgpd_stops_after_the_rou
         (run_dir / name).mkdir()
     options = read_by_supervisord(render(Settings(run_dir=str(run_dir)), FACTS), tmp_path)
     names = [group.name for group in sorted(options.process_group_configs)]
-    assert names == ["listener", "watcher", "gobgpd", "router", "cni", "firewall", "health"]
+    assert names == ["listener", "watcher", "gobgpd", "router", "cni", "firewall", "proxy", "health"]
 
 
 @pytest.mark.parametrize("run_dir", ["/run/a ;b", "/run/a #b", "/run/a\nb", "/run/a\r"])
@@ -110,11 +111,16 @@ def test_a_path_that_the_file_cannot_hold_is_refused(run_dir: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "wanted", "unbuilt"),
     [
-        ({}, ["watcher", "gobgpd", "router", "cni", "firewall", "health"], ["proxy"]),
-        ({"enable_cni": False}, ["watcher", "gobgpd", "router", "firewall", "health"], ["proxy"]),
-        ({"run_router": False, "enable_cni": True}, ["watcher", "firewall", "health"], ["proxy"]),
-        ({"run_router": False, "run_firewall": False}, ["watcher", "health"], ["proxy"]),
+        ({}, ["watcher", "gobgpd", "router", "cni", "firewall", "proxy", "health"], []),
+        ({"enable_cni": False}, ["watcher", "gobgpd", "router", "firewall", "proxy", "health"], []),
+        ({"run_router": False, "enable_cni": True}, ["watcher", "firewall", "proxy", "health"], []),
+        ({"run_router": False, "run_firewall": False}, ["watcher", "proxy", "health"], []),
         ({"run_firewall": False, "run_service_proxy": False}, ["watcher", "gobgpd", "router", "cni", "health"], []),
+        (
+            {"run_router": False, "run_service_proxy": False, "run_loadbalancer": True},
+            ["watcher", "firewall", "health"],
+            ["loadbalancer"],
+        ),
     ],
 )
 def test_flags_choose_the_programs(flags: dict[str, bool], wanted: list[str], unbuilt: list[str]) -> None:

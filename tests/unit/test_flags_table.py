@@ -100,6 +100,7 @@ OURS = {
     "state-dir": ("string", "/var/lib/kube-router"),
     "log-format": ("string", "text"),
     "netpol-recheck-established": ("bool", "false"),
+    "service-proxy-backend": ("string", "auto"),
     "flags-file": ("string", ""),
     "overlay-encap-accept-ports": ("uints", ""),
     "bgp-max-prefixes": ("uint32", "50000"),
@@ -115,7 +116,7 @@ EXPECTED = {
 def test_upstream_has_79_flags() -> None:
     assert len(EXPECTED) == 79
     assert len(UPSTREAM_FLAGS) == 79
-    assert len({flag.name for flag in FLAGS}) == 89
+    assert len({flag.name for flag in FLAGS}) == 90
 
 
 @pytest.mark.parametrize("name", EXPECTED)

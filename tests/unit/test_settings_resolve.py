@@ -34,7 +34,7 @@ def faults(*arguments: str, passwords_file: str | None = None) -> list[str]:
 def test_without_flags_the_settings_are_the_defaults() -> None:
     result = resolution()
     assert result.problems == () and result.remarks == ()
-    unbuilt = ("proxy",)
+    unbuilt = ()
     assert result.settings == msgspec.structs.replace(Settings(), node_name="node-1", unbuilt_workers=unbuilt)
     assert result.secrets == Secrets()
 
@@ -44,16 +44,8 @@ def test_settings_survive_their_file() -> None:
     assert msgspec.json.decode(msgspec.json.encode(settings), type=Settings) == settings
 
 
-@pytest.mark.parametrize(
-    ("arguments", "unbuilt"),
-    [
-        (["--run-service-proxy=false"], ()),
-        (["--run-firewall=false", "--run-loadbalancer"], ("proxy",)),
-        (["--run-router=false"], ("proxy",)),
-    ],
-)
-def test_workers_that_are_asked_for_and_not_built(arguments: list[str], unbuilt: tuple[str, ...]) -> None:
-    assert resolution(*arguments).settings.unbuilt_workers == unbuilt
+def test_every_worker_that_can_be_asked_for_is_built() -> None:
+    assert resolution("--run-loadbalancer", environment=POD).settings.unbuilt_workers == ()
 
 
 # --- the allocator of load-balancer addresses -------------------------------------------------------------------------

@@ -35,7 +35,13 @@ from kube_router.ipc.messages import (
 from kube_router.workers.settings import Settings
 from kube_router.workers.watcher.apiobjects import page_decoder
 from kube_router.workers.watcher.kinds import RESOURCES, WORKER_KINDS, enabled_workers, wanted_kinds
-from kube_router.workers.watcher.projections import LEADER_ANNOTATION, PROJECT, ObjectError, check_identity
+from kube_router.workers.watcher.projections import (
+    LAST_CHANGE_ANNOTATION,
+    LEADER_ANNOTATION,
+    PROJECT,
+    ObjectError,
+    check_identity,
+)
 
 
 def project(kind: Kind, item: dict[str, Any]) -> Projection:
@@ -197,7 +203,10 @@ def test_endpoint_slice() -> None:
             "name": "s-1",
             "namespace": "d",
             "labels": {"kubernetes.io/service-name": "s"},
-            "annotations": {LEADER_ANNOTATION: '{"renewTime": "now"}'},
+            "annotations": {
+                LEADER_ANNOTATION: '{"renewTime": "now"}',
+                LAST_CHANGE_ANNOTATION: "2026-01-01T00:00:00.5Z",
+            },
         },
         "addressType": "IPv6",
         "endpoints": [
@@ -218,6 +227,7 @@ def test_endpoint_slice() -> None:
         labels={"kubernetes.io/service-name": "s"},
         annotations={LEADER_ANNOTATION: ""},
         service="s",
+        last_change="2026-01-01T00:00:00.5Z",
         address_type="IPv6",
         endpoints=(
             Endpoint(
@@ -381,7 +391,7 @@ def test_every_worker_is_in_the_table_and_every_kind_has_a_reader() -> None:
             Settings(run_router=False, run_service_proxy=False),
             ("nodes", "pods", "services", "networkpolicies", "namespaces"),
         ),
-        (Settings(run_router=False, run_firewall=False), ("pods", "services", "endpointslices")),
+        (Settings(run_router=False, run_firewall=False), ("nodes", "services", "endpointslices")),
         (Settings(run_router=False, run_firewall=False, unbuilt_workers=("proxy",)), ()),
     ],
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from kube_router.ipc.messages import Heartbeat, Session
 from kube_router.workers.health.processes import ProcessTable
@@ -18,6 +18,10 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Upper bounds in seconds: the default ones of Prometheus' client libraries, as upstream uses."""
 MOST_HISTOGRAMS = 500
+KUBE_PROXY = "kubeproxy_"
+"""What begins so is kube-proxy's name for it, and gets no prefix of ours."""
+PROGRAMMING_BUCKETS = (0.25, 0.5, *range(1, 60), *range(60, 120, 5), *range(120, 301, 30))
+"""kube-proxy's, in seconds, of ``kubeproxy_network_programming_duration_seconds``."""
 
 HELP = {
     "build_info": "Version of kube-router, and of what runs it",
@@ -42,6 +46,8 @@ HELP = {
     "controller_policy_ipsets": "Sets of network policies in both families",
     "controller_repairs": "Things that somebody else took away or altered and that were put back, by kind",
     "controller_routes_sync_time": "Seconds for a sync of the node and pod sets",
+    "controller_ipvs_services": "Addresses and ports at which Services are served",
+    "controller_ipvs_services_sync_time": "Seconds for a sync of the Services",
     "healthy": "Whether /healthz answers with success",
     "host_routes_added": "Kernel routes written",
     "host_routes_removed": "Kernel routes removed",
@@ -55,6 +61,7 @@ HELP = {
     "host_tunnels_changed": "Tunnel devices changed in place",
     "host_tunnels_removed": "Tunnel devices removed",
     "host_tunnels_synced": "Tunnel devices that are kept in sync",
+    "kubeproxy_network_programming_duration_seconds": "Seconds from a change of pods or Services to the kernel",
     "policy_connections_cut": "Open connections cut because a change of policies or pods forbids them",
     "policy_drift_repairs": "Foreign changes to network policy's chains, sets and tables that were undone",
     "policy_enforced": "Network policies in force on this node",
@@ -63,6 +70,10 @@ HELP = {
     "policy_isolated_pods": "Pods of this node that some network policy isolates",
     "policy_local_pods": "Pods of this node that network policy can concern",
     "policy_sets": "Address and port sets of the network policies in force",
+    "service_drift_repairs": "Foreign changes to what translates Services that were undone",
+    "service_frontends": "Addresses and ports that are programmed, in both families",
+    "service_health_ports": "Health check ports of Services",
+    "service_ports": "Ports of Services",
     "source_degraded": "Number of troubles with the source of the cluster's state",
     "source_in_sync": "Whether the source of the cluster's state has been listed completely",
     "source_stale": "Whether the cluster's state is that of the last snapshot on disk",
@@ -84,10 +95,11 @@ _SERIES = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{((?:[a-zA-Z_][a-zA-Z0-9_]*
 class Histogram:
     """Samples by bucket, as Prometheus counts them: each bucket holds all that is not greater than its bound."""
 
-    __slots__ = ("count", "counts", "total")
+    __slots__ = ("bounds", "count", "counts", "total")
 
-    def __init__(self) -> None:
-        self.counts = [0] * len(BUCKETS)
+    def __init__(self, bounds: Sequence[float] = BUCKETS) -> None:
+        self.bounds = bounds
+        self.counts = [0] * len(bounds)
         self.count = 0
         self.total = 0.0
 
@@ -95,7 +107,7 @@ class Histogram:
         """Add a sample."""
         self.count += 1
         self.total += value
-        for place, bound in enumerate(BUCKETS):
+        for place, bound in enumerate(self.bounds):
             if value <= bound:
                 self.counts[place] += 1
 
@@ -111,7 +123,8 @@ class Histograms:
         for series, values in beat.observations.items():
             if series not in self.by_series and len(self.by_series) >= MOST_HISTOGRAMS:
                 continue
-            histogram = self.by_series.setdefault(series, Histogram())
+            bounds = PROGRAMMING_BUCKETS if series.startswith(KUBE_PROXY) else BUCKETS
+            histogram = self.by_series.setdefault(series, Histogram(bounds))
             for value in values:
                 histogram.observe(value)
 
@@ -127,18 +140,18 @@ class Families:
         """One sample; a series that is no metric name, or that has another type already, is left out."""
         if (parsed := self._open(kind, series)) is not None:
             name, inner = parsed
-            self._samples[name].append(f"{PREFIX}{name}{_labels(labels, inner)} {_number(value)}")
+            self._samples[name].append(f"{_prefixed(name)}{_labels(labels, inner)} {_number(value)}")
 
     def add_histogram(self, series: str, histogram: Histogram) -> None:
         """All samples of a histogram."""
         if (parsed := self._open("histogram", series)) is None:
             return
         name, inner = parsed
-        samples = self._samples[name]
-        for bound, count in zip((*map(_number, BUCKETS), "+Inf"), (*histogram.counts, histogram.count), strict=True):
-            samples.append(f"{PREFIX}{name}_bucket{_labels({'le': bound}, inner)} {count}")
-        samples.append(f"{PREFIX}{name}_sum{_labels({}, inner)} {_number(histogram.total)}")
-        samples.append(f"{PREFIX}{name}_count{_labels({}, inner)} {histogram.count}")
+        samples, counts = self._samples[name], (*histogram.counts, histogram.count)
+        for bound, count in zip((*map(_number, histogram.bounds), "+Inf"), counts, strict=True):
+            samples.append(f"{_prefixed(name)}_bucket{_labels({'le': bound}, inner)} {count}")
+        samples.append(f"{_prefixed(name)}_sum{_labels({}, inner)} {_number(histogram.total)}")
+        samples.append(f"{_prefixed(name)}_count{_labels({}, inner)} {histogram.count}")
 
     def _open(self, kind: str, series: str) -> tuple[str, str] | None:
         match = _SERIES.match(series)
@@ -151,10 +164,14 @@ class Families:
         """The exposition, by name."""
         lines = []
         for name in sorted(self._samples):
-            lines.append(f"# HELP {PREFIX}{name} {HELP.get(name, name.replace('_', ' '))}")
-            lines.append(f"# TYPE {PREFIX}{name} {self._types[name]}")
+            lines.append(f"# HELP {_prefixed(name)} {HELP.get(name, name.replace('_', ' '))}")
+            lines.append(f"# TYPE {_prefixed(name)} {self._types[name]}")
             lines += self._samples[name]
         return "\n".join(lines) + "\n"
+
+
+def _prefixed(name: str) -> str:
+    return name if name.startswith(KUBE_PROXY) else f"{PREFIX}{name}"
 
 
 def _labels(labels: Mapping[str, str], inner: str) -> str:

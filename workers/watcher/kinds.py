@@ -14,7 +14,7 @@ WORKER_KINDS: dict[str, tuple[Kind, ...]] = {
     "router": ("nodes", "services", "endpointslices"),
     "cni": ("nodes",),
     "firewall": ("nodes", "pods", "services", "networkpolicies", "namespaces"),
-    "proxy": ("services", "endpointslices", "pods"),
+    "proxy": ("nodes", "services", "endpointslices"),
     "loadbalancer": ("nodes", "services"),
 }
 """What each worker reads. A kind that nobody reads is not listed, so it needs no RBAC and costs no memory."""

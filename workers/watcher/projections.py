@@ -59,6 +59,7 @@ from kube_router.workers.watcher.apiobjects import (
 ANNOTATION_PREFIX = "kube-router.io/"
 """Annotations under this prefix are projected; all others (``last-applied-configuration``!) are not."""
 LEADER_ANNOTATION = "control-plane.alpha.kubernetes.io/leader"
+LAST_CHANGE_ANNOTATION = "endpoints.kubernetes.io/last-change-trigger-time"
 """On a slice: its presence matters, its value changes every few seconds; projected with an empty value."""
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 
@@ -217,6 +218,7 @@ def project_endpoint_slice(item: EndpointSliceObject) -> EndpointSlice:
         annotations=annotations,
         labels=item.metadata.labels or {},
         service=owning_service(item.metadata),
+        last_change=(item.metadata.annotations or {}).get(LAST_CHANGE_ANNOTATION, ""),
         address_type=sys.intern(item.address_type or ""),
         endpoints=tuple(map(project_endpoint, item.endpoints or ())),
         ports=tuple(
