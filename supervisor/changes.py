@@ -52,6 +52,7 @@ _ROUTER = (
     *("routes_sync_period", "injected_routes_sync_period", "enable_cni"),
 )
 _PROXY = (
+    "service_proxy_backend",
     *("ipvs_sync_period", "ipvs_permit_all", "ipvs_graceful_termination", "ipvs_graceful_period"),
     *("masquerade_all", "hairpin_mode", "nodeport_bindon_all_ip", "excluded_cidrs", "runtime_endpoint"),
     *("service_tcp_timeout", "service_tcpfin_timeout", "service_udp_timeout", "strict_external_ip_validation"),

@@ -118,8 +118,8 @@ def test_a_path_that_the_file_cannot_hold_is_refused(run_dir: str) -> None:
         ({"run_firewall": False, "run_service_proxy": False}, ["watcher", "gobgpd", "router", "cni", "health"], []),
         (
             {"run_router": False, "run_service_proxy": False, "run_loadbalancer": True},
-            ["watcher", "firewall", "health"],
-            ["loadbalancer"],
+            ["watcher", "firewall", "loadbalancer", "health"],
+            [],
         ),
     ],
 )
