@@ -109,13 +109,15 @@ class RunningDataplane:
 
 
 def state(namespace: Namespace, backend: str = "nft") -> str:
-    """Everything that the dataplane may touch, by the tools: routes, rules with counters, sets.
+    """Everything that the dataplane may touch, by the tools: routes, policy rules, rules with counters, sets.
 
     Counters of chains are left out: neighbour discovery moves them.
     """
     commands = [
         "ip route show table all",
         "ip -6 route show table all",
+        "ip -N rule",
+        "ip -6 -N rule",
         f"iptables-{backend}-save -c",
         f"ip6tables-{backend}-save -c",
         "ipset list",

@@ -118,12 +118,15 @@ class FakeTunnels:
         ends = (tunnel.kind, tunnel.local, tunnel.remote, tunnel.link)
         if any((one.kind, *one[:2], one.link) == ends for each, one in self._overlay.tunnels.items() if each != name):
             return errno.EEXIST
-        mtu = tunnel.mtu or (there.mtu if there else self._own_mtu(tunnel))
-        self._overlay.put(name, tunnel._replace(mtu=mtu))
+        stays = there is not None and tunnel.family is Family.IPV4
+        mtu = tunnel.mtu or (there.mtu if there is not None and stays else self._own_mtu(tunnel))
+        # A TTL of its own sets "don't fragment".
+        pmtudisc = tunnel.family is Family.IPV4 and (tunnel.pmtudisc or bool(tunnel.ttl))
+        self._overlay.put(name, tunnel._replace(mtu=mtu, pmtudisc=pmtudisc))
         return 0
 
     def _own_mtu(self, tunnel: Tunnel) -> int:
-        """What the kernel takes for a new device of which no MTU is said."""
+        """What the kernel takes when no MTU is said."""
         return UNDERLAY_MTU - OVERHEAD[tunnel.family] - (12 if tunnel.port else 0) - (8 if tunnel.limit else 0)
 
 

@@ -4,14 +4,15 @@ Touches the kernel. Which devices are ours is not decided here: only those that 
 ``include/uapi/linux/if_tunnel.h``; what shapes the callers' plans:
 
 - A device is changed in place (``changelink``), up or down, without losing the routes over it. An attribute that is
-  left out is set to zero then, so every request carries all of them. The MTU does not follow the encapsulation: it is
-  set.
+  left out is set to zero then, so every request carries all of them. The MTU of ``ipip`` does not follow the
+  encapsulation: it is set.
 - Two devices may not have the same local address, remote address and link (``EEXIST``). With different links they may,
   and a packet is then taken by the one that is bound to the link it came over, else by the other one. That is how a
   device under an old name and its successor can both be there.
 - While an ``ip6tnl`` is changed it receives nothing for the time of an RCU grace period (``ip6_tnl_update``); one with
   the same local address and any remote does. ``ipip`` has no such gap.
 - A tunnel receives plain packets and those that a GUE port unpacked alike; its encapsulation says only how it sends.
+- An ``ipip`` device with a TTL of its own always says "don't fragment".
 - ``ip6tnl`` adds 8 bytes of destination options for its encapsulation limit unless told not to.
 """
 
