@@ -105,10 +105,9 @@ class FakeNode:
 
     def settle(self) -> list[Failure]:
         """Reconcile as the loop does after failures: again, with a fresh look; the failures that stay."""
+        failures = self.reconcile(observe=True).failures
         for _ in range(3):
-            failures = self.reconcile(observe=True).failures
-            if not failures:
-                return []
+            failures = self.reconcile(observe=True).failures if failures else []
         return failures
 
     @property

@@ -208,6 +208,8 @@ def test_an_old_device_makes_way_without_losing_what_comes_in() -> None:
         plan = plan_tunnels({old: standing}, {names_of(remote)[0]: wanted}, (), around)
         assert plan == TunnelPlan(change=((old, standing._replace(link=2)),), add=((names_of(remote)[0], wanted),))
     # bound already, or foreign: it stays as it is
+    wanted = around.tunnel("10.4.0.4")
+    assert wanted is not None
     bound = wanted._replace(link=2)
     assert plan_tunnels({old: bound}, {"x": wanted}, (), around).change == ()
     assert plan_tunnels({"theirs": wanted}, {"x": wanted}, (), around).change == ()
