@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 from support.namespaces import Namespace, create_all
@@ -227,57 +227,76 @@ def overlay() -> Iterator[Overlay]:
 _REPLY = re.compile(r"icmp_seq=(\d+) (?:ttl|hlim)=")
 
 
-class Pings:
-    """Pings that go on all the time, 100 a second each; what got lost is told by the numbers of the answers."""
+@dataclass
+class Flow:
+    """One ping that goes on, and what its output told so far; the output is read as it grows."""
 
-    def __init__(self, flows: Iterable[tuple[Namespace, str]], interval: float = 0.01) -> None:
+    name: str
+    process: subprocess.Popen[str]
+    output: IO[str]
+    answered: set[int] = field(default_factory=set)
+    other: list[str] = field(default_factory=list)
+    last: int = 0
+    _rest: str = ""
+
+    def read(self) -> int:
+        """Take in what is new; the highest number that was answered."""
+        text, _, self._rest = (self._rest + self.output.read()).rpartition("\n")
+        for line in text.split("\n") if text else ():
+            if match := _REPLY.search(line):
+                self.answered.add(int(match[1]))
+                self.last = max(self.last, int(match[1]))
+            elif not line.startswith("PING "):
+                self.other.append(line)
+        return self.last
+
+    def lost(self) -> list[str]:
+        """The numbers that were not answered though later ones were, and every line that is no answer."""
+        return [str(number) for number in range(1, self.last) if number not in self.answered] + self.other
+
+
+class Pings:
+    """Pings that go on all the time, 50 a second each; what got lost is told by the numbers of the answers."""
+
+    def __init__(self, flows: Iterable[tuple[Namespace, str]], interval: float = 0.02) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        self._running: list[tuple[str, Path, subprocess.Popen[str]]] = []
+        self._flows: list[Flow] = []
         for source, target in flows:
-            path = Path(self._folder.name, f"{len(self._running)}")
+            path = Path(self._folder.name, str(len(self._flows)))
             with path.open("w") as output:
                 arguments = ["ping", "-n", "-i", str(interval), target]
                 process = source.start(arguments, stdout=output, stderr=subprocess.STDOUT)
-            self._running.append((f"{source.name} {target}", path, process))
+            self._flows.append(Flow(f"{source.name} to {target}", process, path.open()))
 
     def __enter__(self) -> Pings:
         self.advance()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for _, _, process in self._running:
-            process.kill()
-            process.wait()
+    def __exit__(self, *exception: object) -> None:
+        for flow in self._flows:
+            flow.process.kill()
+            flow.process.wait()
+            flow.output.close()
         self._folder.cleanup()
 
-    def advance(self, by: int = 5, seconds: float = 20.0) -> None:
+    def advance(self, by: int = 5, seconds: float = 30.0) -> None:
         """Wait until every one of them had ``by`` more answers; raises AssertionError."""
-        goals = {name: self._last(path) + by for name, path, _ in self._running}
+        goals = [flow.read() + by for flow in self._flows]
         deadline = time.monotonic() + seconds
-        for name, path, _ in self._running:
-            while self._last(path) < goals[name]:
-                assert time.monotonic() < deadline, f"{name}: no answers any more; {path.read_text()[-300:]}"
+        for flow, goal in zip(self._flows, goals, strict=True):
+            while flow.read() < goal:
+                assert time.monotonic() < deadline, f"{flow.name}: no answers after {flow.last}; {flow.other[-3:]}"
                 time.sleep(0.02)
 
     def lost(self) -> dict[str, list[str]]:
-        """By flow: the numbers that were not answered, and every line that is no answer."""
-        found = {}
-        for name, path, _ in self._running:
-            lines = path.read_text().splitlines()[1:]
-            seen = {int(match[1]) for line in lines if (match := _REPLY.search(line))}
-            wrong = [str(number) for number in range(1, max(seen, default=0)) if number not in seen]
-            wrong += [line for line in lines[:-1] if not _REPLY.search(line)]
-            if wrong:
-                found[name] = wrong
-        return found
+        """By flow: what got lost until its last answer."""
+        for flow in self._flows:
+            flow.read()
+        return {flow.name: lost for flow in self._flows if (lost := flow.lost())}
 
     def answers(self) -> int:
         """How many answers there were in all."""
-        return sum(self._last(path) for _, path, _ in self._running)
-
-    def _last(self, path: Path) -> int:
-        found = _REPLY.findall(path.read_text())
-        return int(found[-1]) if found else 0
+        return sum(len(flow.answered) for flow in self._flows)
 
 
 def as_upstream_left_it(net: Overlay, style: str) -> None:
