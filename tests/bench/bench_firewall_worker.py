@@ -26,7 +26,7 @@ from support.namespaces import namespaces
 from kube_router.ipc.channels import HeartbeatReceiver, Poller, Publisher
 from kube_router.ipc.messages import Heartbeat, Key, Kind, Projection, SourceState
 from kube_router.ipc.replica import Changes
-from kube_router.workers.settings import SETTINGS_FILE, save
+from kube_router.workers.settings import SETTINGS_FILE, Settings, save
 
 CHURN_A_SECOND = 200
 MANY_EVENTS = 10_000
@@ -51,6 +51,8 @@ class Store:
 class Worker:
     """The real worker process and its surroundings: a run directory, a watcher, a receiver of heartbeats."""
 
+    module, latency = "firewall", LATENCY
+
     def __init__(self, found: Objects, backend: str, folder: Path) -> None:
         self.found = found
         self.beat: Heartbeat | None = None
@@ -59,7 +61,7 @@ class Worker:
         """When the heartbeats after a sync came in, in monotonic seconds."""
         self._ipc = folder / "ipc"
         self._ipc.mkdir()
-        save(self._ipc / SETTINGS_FILE, settings(backend), 0o640)
+        save(self._ipc / SETTINGS_FILE, self.settings(backend), 0o640)
         self._store = Store(found)
         self._publisher = Publisher(str(os.getpid()), self._ipc)
         self._heartbeats = HeartbeatReceiver(self._ipc)
@@ -67,10 +69,14 @@ class Worker:
         self._log = (folder / "log").open("w+")
         self._process: subprocess.Popen[bytes] | None = None
 
+    def settings(self, backend: str) -> Settings:
+        """What it reads."""
+        return settings(backend)
+
     def start(self) -> float:
         """Start it; seconds from the start of the process to its first sync."""
         before, began = len(self.syncs), time.monotonic()
-        command = [sys.executable, "-P", "-m", "kube_router.workers.firewall"]
+        command = [sys.executable, "-P", "-m", f"kube_router.workers.{self.module}"]
         self._process = subprocess.Popen(command, cwd=self._ipc, stdout=self._log, stderr=self._log)
         self.until(lambda: len(self.syncs) > before, 60)
         return time.monotonic() - began
@@ -107,7 +113,7 @@ class Worker:
             if beat.syncs and (self.beat is None or beat.syncs > self.beat.syncs):
                 assert not beat.pending, beat.warnings[:3]
                 self.syncs.append(time.monotonic())
-            self.latencies.extend(beat.observations.get(LATENCY, ()))
+            self.latencies.extend(beat.observations.get(self.latency, ()))
             self.beat = beat
 
     def until(self, condition: object, seconds: float) -> None:
