@@ -21,6 +21,7 @@ Objects are projections: only the fields that some worker reads. Optional fields
 
 from __future__ import annotations
 
+import sys
 from typing import Literal
 
 import msgspec
@@ -149,6 +150,11 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc
     zone: str = ""
     hint_zones: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Of a node's name there is one text, however many endpoints run there."""
+        if self.node_name is not None:
+            msgspec.structs.force_setattr(self, "node_name", sys.intern(self.node_name))
+
 
 class EndpointPort(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One port of a slice; ``port`` is None for "all ports"."""
@@ -171,6 +177,11 @@ class EndpointSlice(Projection, frozen=True, kw_only=True, omit_defaults=True, g
     address_type: str = ""
     endpoints: tuple[Endpoint, ...] = ()
     ports: tuple[EndpointPort, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Of words that thousands of slices have in common there is one text."""
+        for name in ("namespace", "address_type"):
+            msgspec.structs.force_setattr(self, name, sys.intern(getattr(self, name)))
 
 
 class LabelExpression(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):

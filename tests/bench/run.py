@@ -71,6 +71,7 @@ def benchmarks(long: bool) -> dict[tuple[str, ...], Benchmark]:
     import bench_firewall_packet
     import bench_firewall_worker
     import bench_ipc
+    import bench_proxy_nft
     import bench_router
     import bench_routes
     import bench_watcher
@@ -93,6 +94,9 @@ def benchmarks(long: bool) -> dict[tuple[str, ...], Benchmark]:
         ),
         ("firewall.engine",): bench_firewall_engine.run,
         ("firewall.packet",): bench_firewall_packet.run,
+        ("proxy.nft.cold", "proxy.nft.event", "proxy.nft.idle", "proxy.nft.restart"): bench_proxy_nft.run,
+        ("proxy.nft.chains",): bench_proxy_nft.against_chains,
+        ("proxy.nft.memory",): bench_proxy_nft.memory,
     }
 
 

@@ -43,8 +43,9 @@ class Store:
 class WorkerProcess:
     """The real worker process and its surroundings: a run directory, a watcher, a receiver of heartbeats."""
 
-    def __init__(self, program: str, settings: Settings, found: Objects, folder: Path) -> None:
-        self.found, self._program = found, program
+    def __init__(self, program: str, settings: Settings, found: Objects, folder: Path, latency: str = LATENCY) -> None:
+        """``latency``: the histogram whose samples are kept in `latencies`."""
+        self.found, self._program, self._latency = found, program, latency
         self.beat: Heartbeat | None = None
         self.latencies: list[float] = []
         self.syncs: list[float] = []
@@ -99,7 +100,7 @@ class WorkerProcess:
             if beat.syncs and (self.beat is None or beat.syncs > self.beat.syncs):
                 assert not beat.pending, beat.warnings[:3]
                 self.syncs.append(time.monotonic())
-            self.latencies.extend(beat.observations.get(LATENCY, ()))
+            self.latencies.extend(beat.observations.get(self._latency, ()))
             self.beat = beat
 
     def until(self, condition: object, seconds: float) -> None:

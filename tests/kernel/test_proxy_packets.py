@@ -11,7 +11,9 @@ from typing import Any
 
 import msgspec
 import pytest
+from support.podfirewall import Standing
 from support.podnet import PodNet, podnet
+from support.policyworld import pods, policy, rule, select
 from support.probes import Flow
 from support.proxynode import ProxyNode
 from support.proxyworld import SETTINGS, slices
@@ -27,6 +29,9 @@ from kube_router.ipc.messages import (
     Service,
     ServicePort,
 )
+from kube_router.ipc.messages import Namespace as ApiNamespace
+from kube_router.workers.firewall.nftables import Nftables as Firewall
+from kube_router.workers.firewall.rules import Frame
 from kube_router.workers.model import Family
 
 V4, V6 = Family.IPV4, Family.IPV6
@@ -379,3 +384,49 @@ def test_an_external_ip_that_is_the_nodes_own_takes_its_port_alone(net: PodNet) 
     assert serving.call("client", NODE[V4], 80).who == "refused"
     serving.node.backend.close()
     net.flush()
+
+
+@every_family
+@pytest.mark.parametrize("where", ["cluster IP", "node port"])
+def test_a_udp_client_of_one_port_is_led_on_when_its_endpoint_goes_and_only_it(
+    serving: Serving, family: Family, where: str
+) -> None:
+    address, port = (CLUSTER_IP[family], 80) if where == "cluster IP" else (NODE[family], NODE_PORT)
+    client = serving.net["client"].of(int(family))
+    serving.serve("b")
+    target = serving.net["b"].of(int(family))
+    assert serving.call("client", address, port, "udp", source=(client, 5000)).who == "b"
+    assert serving.call("client", target, PORT, "udp", source=(client, 5001)).who == "b"
+    assert serving.call("client", BALANCER_IP[family], 80, "udp", source=(client, 5002)).who == "b"
+    with connected(serving.net["client"].namespace, address, port) as end:
+        assert heard(end).who == "b"
+        serving.serve("c")
+        assert serving.call("client", address, port, "udp", source=(client, 5000)).who == "c"
+        end.send(b"?")
+        assert heard(end).who == "b", "TCP drains"
+    tracked = serving.space.run(f"conntrack -L -f ipv{int(family)} -p udp 2>/dev/null")
+    assert "sport=5001" in tracked, "what was never translated is not cut"
+    assert len([line for line in tracked.splitlines() if "sport=5000" in line]) == 1
+
+
+@every_family
+def test_network_policy_sees_the_pod_and_not_the_service(serving: Serving, family: Family) -> None:
+    names = ("a", "b", "c", "d")
+    objects = [
+        ApiNamespace(name="default", labels={}),
+        *(serving.net.pod(name) for name in names),
+        policy("default/only-a", select(pod="b"), ingress=[rule(pods(pod="a"))]),
+    ]
+    wall = Standing("n1", serving.space, Firewall)
+    assert not wall.apply(objects, Frame(families=tuple(Family))).failures
+    try:
+        serving.serve("b")
+        for address, port in ((CLUSTER_IP[family], 80), (NODE[family], NODE_PORT), (BALANCER_IP[family], 80)):
+            assert serving.call("a", address, port).who == "b"
+            assert serving.call("d", address, port).who in ("refused", "silent")
+            assert serving.call("client", address, port).who in ("refused", "silent")
+        serving.serve("c")
+        assert serving.call("d", CLUSTER_IP[family]).who == "c"
+        assert serving.call("client", BALANCER_IP[family]).who == "c"
+    finally:
+        wall.backend.close()

@@ -247,7 +247,8 @@ class Engine:
         old = self._frontends.get(frontend)
         if old == new:
             return
-        self._frontends_before.setdefault(frontend, old)
+        if not self._everything:
+            self._frontends_before.setdefault(frontend, old)
         if new is None:
             del self._frontends[frontend]
         else:
@@ -257,7 +258,8 @@ class Engine:
         old = self._pools.get(key)
         if old == new:
             return
-        self._pools_before.setdefault(key, old)
+        if not self._everything:
+            self._pools_before.setdefault(key, old)
         if new is None:
             del self._pools[key]
         else:
@@ -269,7 +271,8 @@ class Engine:
         old = self._health.get(port)
         if old == new:
             return
-        self._health_before.setdefault(port, old)
+        if not self._everything:
+            self._health_before.setdefault(port, old)
         if new is None:
             del self._health[port]
         else:

@@ -29,7 +29,7 @@ from kube_router.workers.proxy.nftdiff import Difference, Left, departed, differ
 from kube_router.workers.proxy.nftelements import Pack, Programmed
 from kube_router.workers.proxy.nftlayout import Layout, Made, WordedChain
 
-PORTION = 4000
+PORTION = 1000
 """Frontends of one transaction while a table is filled: the kernel holds a lock for the time of one."""
 
 
