@@ -69,12 +69,15 @@ class TunnelPlan:
     """Steps in their order: ``change`` before ``add``, because two devices may not have the same ends.
 
     ``receivers`` are there only while the changes are made: they take what comes in from any remote meanwhile.
+    ``loosen``: IPv4 devices that go on receiving although routes will lead elsewhere, until they are deleted; a strict
+    reverse-path filter would drop what comes in through them.
     """
 
     receivers: tuple[tuple[str, Tunnel], ...] = ()
     change: tuple[tuple[str, Tunnel], ...] = ()
     add: tuple[tuple[str, Tunnel], ...] = ()
     delete: tuple[str, ...] = ()
+    loosen: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.change) + len(self.add) + len(self.delete)
@@ -83,6 +86,7 @@ class TunnelPlan:
         lines = [f"tunnel add {name} {tunnel}" for name, tunnel in self.receivers]
         lines += [f"tunnel change {name} {tunnel}" for name, tunnel in self.change]
         lines += [f"tunnel delete {name}" for name, _ in self.receivers]
+        lines += [f"tunnel change {name} rp_filter 2" for name in self.loosen]
         lines += [f"tunnel add {name} {tunnel}" for name, tunnel in self.add]
         lines += [f"tunnel delete {name}" for name in self.delete]
         return "\n".join(lines)

@@ -15,7 +15,7 @@ from kube_router.workers.kernel.tunnels import TunnelEvent
 from kube_router.workers.model import Family
 from kube_router.workers.routefacts import Prefix
 from kube_router.workers.router.collected import Collected
-from kube_router.workers.router.tunnels import RECEIVER, names_of
+from kube_router.workers.router.tunnels import RECEIVERS, names_of
 from kube_router.workers.tunnelfacts import FouPort, PodRule, Tunnel
 
 FAR = ("10.4.0.4", "fd04::4")
@@ -285,7 +285,7 @@ def test_what_an_earlier_run_left_goes_and_what_is_foreign_stays(n1: FakeNode) -
         names_of("10.8.0.1")[0]: Tunnel(OWN[0], "10.8.0.1"),
         "tun-10802": Tunnel("10.0.0.99", "10.8.0.2", link=2),
         names_of("fd08::1")[1]: Tunnel(OWN[1], "fd08::1", port=5555),
-        RECEIVER: Tunnel(OWN[1], ""),
+        RECEIVERS[Family.IPV6]: Tunnel(OWN[1], ""),
     }
     for name, tunnel in (foreign | ours).items():
         n1.overlay.put(name, tunnel)

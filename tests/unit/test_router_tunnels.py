@@ -12,7 +12,7 @@ from kube_router.workers.model import Family
 from kube_router.workers.routefacts import Prefix, Route
 from kube_router.workers.router.routes import Decider, Decision, Injection, surroundings
 from kube_router.workers.router.tunnels import (
-    RECEIVER,
+    RECEIVERS,
     choose_name,
     is_our_host,
     is_ours,
@@ -154,12 +154,12 @@ def test_second_names_differ_where_first_ones_do_not() -> None:
         ("mytunnel", "10.0.0.1", False),
         ("tunl0", "", False),
         ("ip6tnl0", "", False),
-        (RECEIVER, "", True),
-        (RECEIVER, "fd00::1", False),
+        (RECEIVERS[Family.IPV6], "", True),
+        (RECEIVERS[Family.IPV6], "fd00::1", False),
     ],
 )
 def test_ours_is_what_its_own_remote_address_names(name: str, remote: str, ours: bool) -> None:
-    assert is_ours(name, Tunnel("fd00::9" if name == RECEIVER else "10.0.0.9", remote)) is ours
+    assert is_ours(name, Tunnel("fd00::9" if name in RECEIVERS.values() else "10.0.0.9", remote)) is ours
 
 
 A, B = "21.3.0.4", "2.13.0.4"
@@ -206,7 +206,12 @@ def test_an_old_device_makes_way_without_losing_what_comes_in() -> None:
         assert wanted is not None
         standing = wanted._replace(ttl=64)
         plan = plan_tunnels({old: standing}, {names_of(remote)[0]: wanted}, (), around)
-        assert plan == TunnelPlan(change=((old, standing._replace(link=2)),), add=((names_of(remote)[0], wanted),))
+        assert plan == TunnelPlan(
+            receivers=((RECEIVERS[Family.IPV4], Tunnel("10.0.0.1", "")),),
+            change=((old, standing._replace(link=2)),),
+            add=((names_of(remote)[0], wanted),),
+            loosen=(old,),
+        )
     # bound already, or foreign: it stays as it is
     wanted = around.tunnel("10.4.0.4")
     assert wanted is not None
@@ -215,10 +220,11 @@ def test_an_old_device_makes_way_without_losing_what_comes_in() -> None:
     assert plan_tunnels({"theirs": wanted}, {"x": wanted}, (), around).change == ()
 
 
-def test_a_receiver_stands_in_while_tunnels_over_ipv6_are_changed() -> None:
+def test_a_receiver_stands_in_while_tunnels_are_changed() -> None:
     around = overlay(OWN_NODE, LINKS, GUE)
     assert around is not None
-    for remote, receivers in (("fd04::4", ((RECEIVER, Tunnel("fd00::1", "")),)), ("10.4.0.4", ())):
+    for remote, local in (("fd04::4", "fd00::1"), ("10.4.0.4", "10.0.0.1")):
+        receivers = ((RECEIVERS[Family.IPV6 if ":" in remote else Family.IPV4], Tunnel(local, "")),)
         wanted = around.tunnel(remote)
         assert wanted is not None
         plan = plan_tunnels({"t": wanted._replace(port=0)}, {"t": wanted}, (), around)

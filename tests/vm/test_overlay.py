@@ -166,7 +166,7 @@ DAMAGES = {
     "another remote": "link del {name}\nlink add {name} up type {kind} mode {mode} local {local} remote {elsewhere}",
     "another local": "link del {name}\nlink add {name} up type {kind} mode {mode} local {other} remote {remote}",
     "another ttl": "link change {name} type {kind} local {local} remote {remote} ttl 3 {path} {encap}",
-    "another port": "link change {name} type {kind} local {local} remote {remote} ttl 225"
+    "another port": "link change {name} type {kind} local {local} remote {remote} ttl 225 {path}"
     " encap gue encap-sport auto encap-dport 4444",
     "another MTU": "link set {name} mtu 1300",
 }

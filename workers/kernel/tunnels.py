@@ -23,7 +23,7 @@ import ipaddress
 import socket
 import struct
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from kube_router.workers.kernel.links import RTM_DELLINK, RTM_GETLINK, RTM_NEWLINK
@@ -44,7 +44,9 @@ from kube_router.workers.kernel.netlink import (
 from kube_router.workers.model import Family
 from kube_router.workers.tunnelfacts import KINDS, OTHER_ENCAPSULATION, PLAIN, Tunnel, TunnelPlan
 
-_IFLA_IFNAME, _IFLA_MTU, _IFLA_LINKINFO, _IFLA_EXT_MASK = 3, 4, 18, 29
+_IFLA_IFNAME, _IFLA_MTU, _IFLA_LINKINFO, _IFLA_AF_SPEC, _IFLA_EXT_MASK = 3, 4, 18, 26, 29
+_IFLA_INET_CONF, _RP_FILTER, _LOOSE = 1, 8, 2
+"""``IFLA_INET_CONF`` holds attributes numbered as in ``include/uapi/linux/ip.h``: IPV4_DEVCONF_RP_FILTER."""
 _IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
 _RTEXT_FILTER_SKIP_STATS = 1 << 3
 _LINK, _LOCAL, _REMOTE, _TTL, _ENCAP_LIMIT, _FLAGS, _PROTO, _PMTUDISC = 1, 2, 3, 4, 6, 8, 9, 10
@@ -114,9 +116,14 @@ class TunnelDriver:
     def apply(self, plan: TunnelPlan) -> tuple[TunnelFailure, ...]:
         """Execute the steps in their order; one refused step stops no other. Raises `Overflow`, OSError."""
         steps: list[tuple[str, str, Tunnel | None, Request]] = [
-            *((_RECEIVE, name, tunnel, _request(name, tunnel, _NEW)) for name, tunnel in plan.receivers),
+            *(
+                (_RECEIVE, name, tunnel, request)
+                for name, tunnel in plan.receivers
+                for request in _receiver(name, tunnel)
+            ),
             *(("change", name, tunnel, _request(name, tunnel, 0)) for name, tunnel in plan.change),
             *((_RECEIVE, name, None, _deletion(name)) for name, _ in plan.receivers),
+            *((_RECEIVE, name, None, _loosening(name)) for name in plan.loosen),
             *(("add", name, tunnel, _request(name, tunnel, _NEW)) for name, tunnel in plan.add),
             *(("delete", name, None, _deletion(name)) for name in plan.delete),
         ]
@@ -166,6 +173,20 @@ def _request(name: str, tunnel: Tunnel, flags: int) -> Request:
         data.append(attribute(_FLAGS, struct.pack("=I", 0 if tunnel.limit else _IGNORE_ENCAP_LIMIT)))
     info = nested(_IFLA_LINKINFO, text_attribute(_IFLA_INFO_KIND, tunnel.kind), nested(_IFLA_INFO_DATA, *data))
     return Request(RTM_NEWLINK, flags, payload + info)
+
+
+def _receiver(name: str, tunnel: Tunnel) -> Iterator[Request]:
+    """A device that takes packets of any remote; IPv4 would look for them on the devices that lead back there."""
+    yield _request(name, tunnel._replace(up=tunnel.family is not Family.IPV4), _NEW)
+    if tunnel.family is Family.IPV4:
+        yield _loosening(name)
+
+
+def _loosening(name: str) -> Request:
+    """The device up, and its IPv4 reverse-path filter loose, which wins over a strict one for all (ip-sysctl.rst)."""
+    loose = nested(_IFLA_INET_CONF, attribute(_RP_FILTER, struct.pack("=I", _LOOSE)))
+    payload = _HEADER.pack(0, 0, 0, _IFF_UP, _IFF_UP) + text_attribute(_IFLA_IFNAME, name)
+    return Request(RTM_NEWLINK, 0, payload + nested(_IFLA_AF_SPEC, nested(socket.AF_INET, loose)))
 
 
 def _deletion(name: str) -> Request:

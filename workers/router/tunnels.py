@@ -27,8 +27,8 @@ UDP_AND_GUE = 12
 TCP_AND_IP = {Family.IPV4: 40, Family.IPV6: 60}
 """What a segment loses of a packet: bytes between MTU and MSS."""
 LEAST_MTU = {Family.IPV4: 68, Family.IPV6: 1280}
-RECEIVER = "tun-receiver6"
-"""Takes what comes in while tunnels over IPv6 are changed; gone afterwards."""
+RECEIVERS = {Family.IPV4: "tun-receiver4", Family.IPV6: "tun-receiver6"}
+"""Take what comes in while tunnels of the family are changed, for which the kernel unhooks them; gone afterwards."""
 BOOT_PROTOCOL = 3
 """``rtm_protocol`` of kube-router's routes in table 77, which names none."""
 
@@ -129,7 +129,7 @@ def is_ours(name: str, tunnel: Tunnel) -> bool:
     """Whether the name of a device of our kinds follows from its remote address, now or in v0.4 to v1.6."""
     remote = tunnel.remote
     if not remote:
-        return name == RECEIVER and bool(tunnel.local)
+        return name == RECEIVERS[tunnel.family] and bool(tunnel.local)
     return name in names_of(remote) or name == legacy_tunnel_name(remote)
 
 
@@ -160,24 +160,28 @@ def plan_tunnels(
 
     A device of ours under an old name with the ends of a new one is first bound to the link below it: then both can be
     there, and the old one goes on receiving until the routes have moved. While devices are changed in place that carry
-    traffic over IPv6, a receiver stands in for them.
+    traffic, a receiver of the family stands in for them.
     """
     change = [(name, tunnel) for name, tunnel in updates.items() if name in actual]
     add = [(name, tunnel) for name, tunnel in updates.items() if name not in actual]
+    loosen = []
     if add and around is not None:
         ends = {(tunnel.local, tunnel.remote) for _, tunnel in add}
         for name, tunnel in actual.items():
+            if (tunnel.local, tunnel.remote) not in ends or name in updates or not is_ours(name, tunnel):
+                continue
             end = around.end(tunnel.family)
-            twin = (tunnel.local, tunnel.remote) in ends and tunnel.link == 0 and name not in updates
-            if twin and end is not None and end.link and is_ours(name, tunnel):
+            if tunnel.link == 0 and end is not None and end.link:
                 change.append((name, tunnel._replace(link=end.link)))
+            if tunnel.family is Family.IPV4 and tunnel.up:
+                loosen.append(name)
     moved = {
-        tunnel.local
+        tunnel.family: tunnel.local
         for name, tunnel in change
-        if tunnel.family is Family.IPV6 and (tunnel.local, tunnel.remote) == actual[name][:2] and actual[name].up
+        if (tunnel.local, tunnel.remote) == actual[name][:2] and actual[name].up
     }
-    receivers = tuple((RECEIVER, Tunnel(local, "")) for local in sorted(moved)[:1])
-    return TunnelPlan(receivers, tuple(change), tuple(add), tuple(deletes))
+    receivers = tuple((RECEIVERS[family], Tunnel(local, "")) for family, local in sorted(moved.items()))
+    return TunnelPlan(receivers, tuple(change), tuple(add), tuple(deletes), tuple(loosen))
 
 
 def overlay_host(remote: str) -> Prefix:
