@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Sequence
 
 import msgspec
 
@@ -19,6 +20,8 @@ from kube_router.workers.settings import Settings
 
 LEVEL_NAMES = {logging.DEBUG: "DEBUG", logging.INFO: "INFO", logging.WARNING: "WARN", logging.ERROR: "ERROR"}
 """Names of at most five letters, so that columns stand; what is above ERROR is an ERROR."""
+REPAIRS_LOGGED = 20
+"""Lines in the log for one foreign change; the counter has them all."""
 
 
 class TextFormatter(logging.Formatter):
@@ -68,6 +71,14 @@ def full_message(formatter: logging.Formatter, record: logging.LogRecord) -> str
     if record.exc_info:
         text += "\n" + formatter.formatException(record.exc_info)
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def tell_repairs(log: logging.Logger, repaired: Sequence[str]) -> None:
+    """A line for each thing that a foreign hand had changed, of many the first ones and how many more."""
+    for line in repaired[:REPAIRS_LOGGED]:
+        log.warning("repaired: %s", line)
+    if len(repaired) > REPAIRS_LOGGED:
+        log.warning("repaired: %d more", len(repaired) - REPAIRS_LOGGED)
 
 
 def configure(worker: str, settings: Settings) -> None:

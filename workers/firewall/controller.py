@@ -24,14 +24,13 @@ from kube_router.workers.firewall.frame import Framed, FrameMaker, NodePorts
 from kube_router.workers.firewall.owed import joined
 from kube_router.workers.firewall.rules import Changed, Frame, Ruleset
 from kube_router.workers.firewall.unresolved import Unresolved
+from kube_router.workers.logs import tell_repairs
 from kube_router.workers.model import Failure, Outcome
 from kube_router.workers.runtime import Clock, SystemClock, Trigger
 from kube_router.workers.settings import Settings
 
 log = logging.getLogger(__name__)
 
-REPAIRS_LOGGED = 20
-"""Lines in the log for one foreign change; the counter has them all."""
 COMPONENT = "NetworkPolicyController"
 LATENCY = "policy_enforcement_latency_seconds"
 SYNC_TIME = "controller_iptables_sync_time"
@@ -171,10 +170,7 @@ class FirewallController:
     def _outcome(self, synced: Synced, framed: Framed, times: Mapping[str, tuple[float, ...]] | None = None) -> Outcome:
         if not synced.failures:
             self._succeeded = self._clock.time()
-        for line in synced.repaired[:REPAIRS_LOGGED]:
-            log.warning("repaired: %s", line)
-        if len(synced.repaired) > REPAIRS_LOGGED:
-            log.warning("repaired: %d more", len(synced.repaired) - REPAIRS_LOGGED)
+        tell_repairs(log, synced.repaired)
         refused = tuple(Failure("policy", f"{key}: {why}") for key, why in sorted(synced.failed.items()))
         told = (self._engine.problems, self._unresolved.lines)
         problems = (line for by_key in told for key in sorted(by_key) for line in by_key[key])

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from kube_router.ipc.messages import Component, EndpointSlice, Key, Kind, Notice, Service
 from kube_router.ipc.replica import Cluster
+from kube_router.workers.logs import tell_repairs
 from kube_router.workers.model import Failure, Outcome
 from kube_router.workers.proxy.backend import Backend, BackendError, Synced
 from kube_router.workers.proxy.engine import Engine
@@ -25,8 +26,6 @@ from kube_router.workers.settings import Settings
 
 log = logging.getLogger(__name__)
 
-REPAIRS_LOGGED = 20
-"""Lines in the log for one foreign change; the counter has them all."""
 COMPONENT = "NetworkServicesController"
 SYNC_TIME = "controller_ipvs_services_sync_time"
 SERVICES = "controller_ipvs_services"
@@ -135,10 +134,7 @@ class ProxyController:
         failures = (*synced.failures, *more)
         if not synced.failures:
             self._succeeded = self._clock.time()
-        for line in synced.repaired[:REPAIRS_LOGGED]:
-            log.warning("repaired: %s", line)
-        if len(synced.repaired) > REPAIRS_LOGGED:
-            log.warning("repaired: %d more", len(synced.repaired) - REPAIRS_LOGGED)
+        tell_repairs(log, synced.repaired)
         unable = [f"service {key}: {line}" for key, lines in sorted(synced.unable.items()) for line in lines]
         problems = [*self._engine.problems()]
         table = self._engine.table
