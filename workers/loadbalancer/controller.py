@@ -120,9 +120,10 @@ class LoadBalancerController:
         return self._outcome(work)
 
     def _look_at(self, cluster: Cluster, trigger: Trigger) -> None:
-        facts = [node_facts(node, self._settings.families) for node in cluster.nodes.values()]
-        self._ledger.close(address for node in facts for address in node.addresses)
         whole = trigger.start or trigger.retry or trigger.period or trigger.confirmed
+        if whole or trigger.changes.get("nodes"):
+            facts = [node_facts(node, self._settings.families) for node in cluster.nodes.values()]
+            self._ledger.close(address for node in facts for address in node.addresses)
         changed = trigger.changes.get("services", {})
         keys = self._known.keys() | self._reserved.keys() | cluster.services.keys() if whole else changed.keys()
         for key in sorted(keys):
@@ -144,7 +145,7 @@ class LoadBalancerController:
             self._starved.discard(key)
             # A reservation may be for a Service that this agent's watch has yet to tell of.
             if reservation is not None and now >= reservation.since + RESERVED_SECONDS:
-                self._forget(key)
+                self._reserved.pop(key, None)
         else:
             self._known[key] = service
             self._dirty[key] = None
@@ -154,11 +155,8 @@ class LoadBalancerController:
                 or seen.issuperset(reservation.addresses)
                 or (not is_served(service, self._settings.loadbalancer_default_class))
             ):
-                self._forget(key)
+                self._reserved.pop(key, None)
         self._record(key)
-
-    def _forget(self, key: Key) -> None:
-        self._reserved.pop(key, None)
 
     def _record(self, key: Key) -> None:
         service, reservation = self._known.get(key), self._reserved.get(key)

@@ -108,7 +108,11 @@ def is_served(service: Service, default_class: bool) -> bool:
 
 def held_addresses(service: Service) -> tuple[IPAddress, ...]:
     """All addresses that nobody else may get because of this Service: external ones and those of its ingress."""
-    texts = (*service.external_ips, *(entry.ip for entry in service.ingress if entry.ip))
+    return addresses_of((*service.external_ips, *_ips(service)))
+
+
+def addresses_of(texts: Iterable[str]) -> tuple[IPAddress, ...]:
+    """The addresses among ``texts``, in order; what is none is left out."""
     return tuple(address for address in map(_parsed, texts) if address is not None)
 
 
@@ -172,7 +176,7 @@ class _Refused(Exception):
 
 
 def _in_order(service: Service, pools: Mapping[Family, Pool]) -> Iterable[IPAddress]:
-    return (address for address in map(_parsed, _ips(service)) if address is not None and _in(pools, address))
+    return (address for address in addresses_of(_ips(service)) if _in(pools, address))
 
 
 def _ips(service: Service) -> Iterable[str]:

@@ -14,9 +14,9 @@ from kube_router.ipc.messages import Key, Service
 from kube_router.workers.kubeapi.apiserver import ApiError, ApiServer
 from kube_router.workers.kubeapi.times import rfc3339
 from kube_router.workers.loadbalancer import names
+from kube_router.workers.loadbalancer.desired import addresses_of
 from kube_router.workers.loadbalancer.lease import request
 from kube_router.workers.model import IPAddress
-from kube_router.workers.nodefacts import parse_address
 
 PAGE = 500
 LIST_SECONDS = 20.0
@@ -120,12 +120,7 @@ def _holding(item: dict[str, Any]) -> Holding:
     meta, spec, status = item["metadata"], item.get("spec") or {}, item.get("status") or {}
     texts = [*(spec.get("externalIPs") or ())]
     texts += [entry.get("ip") for entry in (status.get("loadBalancer") or {}).get("ingress") or ()]
-    addresses = []
-    for text in filter(None, texts):
-        try:
-            addresses.append(parse_address(text))
-        except ValueError:
-            continue
     found = next((each for each in status.get("conditions") or () if each.get("type") == names.CONDITION), None)
     condition = found and Condition(found.get("status") == "True", found.get("reason", ""), found.get("message", ""))
-    return Holding(f"{meta['namespace']}/{meta['name']}", meta.get("uid", ""), tuple(addresses), condition)
+    held = addresses_of(filter(None, texts))
+    return Holding(f"{meta['namespace']}/{meta['name']}", meta.get("uid", ""), held, condition)
