@@ -22,12 +22,12 @@ from kube_router.workers.kernel.nft import Nft
 from kube_router.workers.kernel.nftelements import (
     ElementChange,
     ElementDriver,
-    NftError,
     pack_blocks,
     pack_member,
     unpack_member,
 )
 from kube_router.workers.kernel.nftmessages import KIND
+from kube_router.workers.kernel.nftsocket import NftError
 from kube_router.workers.kernel.routes import AF
 from kube_router.workers.model import Family
 from kube_router.workers.nftcode import canonical, compile_rule, text, without_counts
@@ -533,7 +533,8 @@ def test_ten_thousand_transactions_take_no_more_memory(tables: Nft, driver: Elem
 def test_a_process_without_the_right_is_told_so(inside: Namespace) -> None:
     script = (
         "from kube_router.workers.kernel.nft import Nft\n"
-        "from kube_router.workers.kernel.nftelements import ElementChange, ElementDriver, NftError\n"
+        "from kube_router.workers.kernel.nftelements import ElementChange, ElementDriver\n"
+        "from kube_router.workers.kernel.nftsocket import NftError\n"
         "from kube_router.workers.model import Family\n"
         "for act in (lambda: Nft().run(['add table ip t']),\n"
         "            lambda: ElementDriver().apply(Family.IPV4, 't', [ElementChange('s', [b'abcd'])])):\n"

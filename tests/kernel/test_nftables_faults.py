@@ -33,7 +33,8 @@ from kube_router.workers.firewall.rules import (
 )
 from kube_router.workers.kernel.netlink import NetlinkSocket
 from kube_router.workers.kernel.nft import Nft
-from kube_router.workers.kernel.nftelements import ElementChange, ElementDriver, NftError
+from kube_router.workers.kernel.nftelements import ElementChange, ElementDriver
+from kube_router.workers.kernel.nftsocket import NftError
 from kube_router.workers.model import Family
 
 

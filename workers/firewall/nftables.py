@@ -18,7 +18,8 @@ from kube_router.workers.firewall.nftsync import TableResult, TableSync
 from kube_router.workers.firewall.rules import Changed, Frame, Ruleset
 from kube_router.workers.kernel.monitor import TableListener
 from kube_router.workers.kernel.nft import Nft
-from kube_router.workers.kernel.nftelements import ElementDriver, NftError
+from kube_router.workers.kernel.nftelements import ElementDriver
+from kube_router.workers.kernel.nftsocket import NftError
 from kube_router.workers.model import Failure, Family
 
 PHASE = "nftables"
@@ -52,8 +53,7 @@ class Nftables:
 
     def wakers(self) -> Mapping[int, Callable[[], bool]]:
         """The listener for what others do to our tables; our own changes do not reach it."""
-        # All events are read, whatever the first says.
-        return {self._listener.fileno(): lambda: any([*self._listener.events()])}
+        return {self._listener.fileno(): self._listener.drain}
 
     def sync(self, ruleset: Ruleset, changed: Changed, frame: Frame, *, observe: bool, hold: bool) -> Synced:
         """See `Backend.sync`."""
@@ -74,20 +74,14 @@ class Nftables:
             except NftError as error:
                 failures.append(Failure(PHASE, f"{family}: {error}"))
         if not failures and not hold and (unchanged or all(result.looked for result in results.values())):
-            self._generation = self._expect(before + sum(result.commits for result in results.values()))
+            after = before + sum(result.commits for result in results.values())
+            self._generation = self._elements.stands_at(after)
         return self._report(ruleset, frame, results, failures, time.monotonic() - began)
 
     def _table(self, family: Family) -> TableSync:
         if family not in self._tables:
             self._tables[family] = TableSync(family, self._nft, self._elements)
         return self._tables[family]
-
-    def _expect(self, generation: int) -> int | None:
-        """The number, if it is the one that our own transactions alone lead to; then nobody came between them."""
-        with contextlib.suppress(NftError):
-            if self._elements.generation() == generation:
-                return generation
-        return None
 
     def _report(
         self,

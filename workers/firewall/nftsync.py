@@ -46,7 +46,8 @@ from kube_router.workers.firewall.nftstate import (
     wanted_sets,
 )
 from kube_router.workers.firewall.rules import BlockSet, Changed, Direction, Frame, Ruleset, SetKey
-from kube_router.workers.kernel.nftelements import ElementChange, NftError, pack_member, unpack_member
+from kube_router.workers.kernel.nftelements import ElementChange, pack_member, unpack_member
+from kube_router.workers.kernel.nftsocket import NftError
 from kube_router.workers.model import Family
 
 BULK = 4096

@@ -18,7 +18,7 @@ from kube_router.workers.firewall.reach import reach
 from kube_router.workers.kernel.ipset import SetError
 from kube_router.workers.kernel.iptables import IptablesError
 from kube_router.workers.kernel.netlink import Overflow
-from kube_router.workers.kernel.nftelements import NftError
+from kube_router.workers.kernel.nftsocket import NftError
 from kube_router.workers.settings import Settings
 
 NAME = "plan-firewall"

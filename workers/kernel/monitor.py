@@ -271,6 +271,10 @@ class TableListener:
             except Overflow:
                 yield LOST
 
+    def drain(self) -> bool:
+        """Read everything that came; whether anything did."""
+        return any([*self.events()])  # a list, so that all are read, whatever the first says
+
 
 def _table_change(message: Message) -> TableChange | None:
     if message.type >> 8 != _NFNL_SUBSYS_NFTABLES or message.type & 0xFF == _NFT_MSG_NEWGEN or len(message.payload) < 4:

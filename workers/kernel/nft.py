@@ -15,16 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kube_router.workers.kernel.netlink import (
-    NETLINK_NETFILTER,
     Message,
     NetlinkError,
-    NetlinkSocket,
     Overflow,
     Request,
     attribute_map,
     text_of,
 )
-from kube_router.workers.kernel.nftelements import SUBSYSTEM, NftError
+from kube_router.workers.kernel.nftelements import SUBSYSTEM
 from kube_router.workers.kernel.nftmessages import (
     CHAIN_HOOK,
     CHAIN_NAME,
@@ -46,6 +44,7 @@ from kube_router.workers.kernel.nftmessages import (
     Commands,
     start,
 )
+from kube_router.workers.kernel.nftsocket import NftError, NftSocket, words
 from kube_router.workers.model import Family
 from kube_router.workers.nftcode import text, without_counts
 
@@ -88,22 +87,13 @@ class ListedTable:
     sets: dict[str, ListedSet] = field(default_factory=dict)
 
 
-class Nft:
-    """One socket. ``portid``: its address, by which its own events are told from others'."""
+class Nft(NftSocket):
+    """Tables, chains and sets by commands, through one socket."""
 
     def __init__(self) -> None:
         """Raises OSError."""
-        self._netlink = NetlinkSocket(NETLINK_NETFILTER)
+        super().__init__()
         self._commands = Commands()
-
-    @property
-    def portid(self) -> int:
-        """Of its socket; see `monitor.TableListener`."""
-        return self._netlink.portid
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._netlink.close()
 
     def run(self, commands: Sequence[str]) -> None:
         """Carry out all commands (in order), or none. Raises `NftError`."""
@@ -123,9 +113,9 @@ class Nft:
         try:
             errors = self._netlink.transaction(SUBSYSTEM, requests)
         except (OSError, Overflow) as error:
-            raise NftError(f"nftables: {_words(error)}") from error
+            raise NftError(f"nftables: {words(error)}") from error
         if errors:
-            raise _error(commands, [(owners[at], _words(error)) for at, error in errors.items()])
+            raise _error(commands, [(owners[at], words(error)) for at, error in errors.items()])
 
     def list_table(self, family: Family, name: str) -> ListedTable | None:
         """One table; None when it does not exist. Raises `NftError`."""
@@ -137,9 +127,9 @@ class Nft:
         except NetlinkError as error:
             if error.errno == errno.ENOENT:
                 return None
-            raise NftError(f"table {name}: {_words(error)}") from error
+            raise NftError(f"table {name}: {words(error)}") from error
         except (OSError, Overflow) as error:
-            raise NftError(f"table {name}: {_words(error)}") from error
+            raise NftError(f"table {name}: {words(error)}") from error
         return listed
 
     def _list_sets(self, listed: ListedTable, family: Family, table: str) -> None:
@@ -214,7 +204,3 @@ def _error(commands: Sequence[str], refused: Sequence[tuple[int, str]]) -> NftEr
 
 def _shortened(command: str, limit: int = 160) -> str:
     return command if len(command) <= limit else f"{command[:limit]}…"
-
-
-def _words(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error or "answers were lost")

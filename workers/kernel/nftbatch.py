@@ -12,20 +12,18 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from kube_router.workers.kernel.monitor import nft_generation
 from kube_router.workers.kernel.netlink import (
-    NETLINK_NETFILTER,
     NLM_F_CREATE,
     NetlinkError,
-    NetlinkSocket,
     Overflow,
     Request,
     attribute_map,
     attributes,
     text_of,
 )
-from kube_router.workers.kernel.nftelements import MESSAGE_BYTES, SUBSYSTEM, NftError
+from kube_router.workers.kernel.nftelements import MESSAGE_BYTES, SUBSYSTEM
 from kube_router.workers.kernel.nftmessages import HOOKS, start
+from kube_router.workers.kernel.nftsocket import NftError, NftSocket, words
 from kube_router.workers.model import Family
 from kube_router.workers.nftcode import attribute, comment_data, number, text, userdata_item, verdict
 from kube_router.workers.nfttypes import (
@@ -222,27 +220,8 @@ class Standing:
         return self.sets.get(shape.name) == _signature(shape)
 
 
-class TableDriver:
-    """Reads and writes tables through one socket. Raises OSError when it cannot be made."""
-
-    def __init__(self) -> None:
-        self._netlink = NetlinkSocket(NETLINK_NETFILTER)
-
-    @property
-    def portid(self) -> int:
-        """Of its socket; see `monitor.TableListener`."""
-        return self._netlink.portid
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._netlink.close()
-
-    def generation(self) -> int:
-        """The number of the namespace's rule set: every transaction of anybody makes it another one."""
-        try:
-            return nft_generation(self._netlink)
-        except OSError as error:
-            raise NftError(f"nftables: {_words(error)}") from error
+class TableDriver(NftSocket):
+    """Reads and writes tables through one socket."""
 
     def commit(self, batch: Batch) -> None:
         """Do all of it, or nothing. Raises `NftError`."""
@@ -251,9 +230,9 @@ class TableDriver:
         try:
             errors = self._netlink.transaction(SUBSYSTEM, batch.requests)
         except (OSError, Overflow) as error:
-            raise NftError(f"nftables: {_words(error)}") from error
+            raise NftError(f"nftables: {words(error)}") from error
         if errors:
-            refused = [(index, f"{batch.owner(index)}: {_words(error)}") for index, error in sorted(errors.items())]
+            refused = [(index, f"{batch.owner(index)}: {words(error)}") for index, error in sorted(errors.items())]
             shown = [*dict.fromkeys(words for _, words in refused)]
             more = f"; and {len(shown) - 3} more" if len(shown) > 3 else ""
             raise NftError(f"nftables: {'; '.join(shown[:3])}{more}", refused)
@@ -272,9 +251,9 @@ class TableDriver:
         except NetlinkError as error:
             if error.errno == errno.ENOENT:
                 return None
-            raise NftError(f"table {table}: {_words(error)}") from error
+            raise NftError(f"table {table}: {words(error)}") from error
         except (OSError, Overflow) as error:
-            raise NftError(f"table {table}: {_words(error)}") from error
+            raise NftError(f"table {table}: {words(error)}") from error
         return found
 
     def _look_at_chains(self, found: Standing, family: Family, name: bytes) -> None:
@@ -297,7 +276,7 @@ class TableDriver:
         except (OSError, Overflow) as error:
             if isinstance(error, NetlinkError) and error.errno == errno.ENOENT:
                 return
-            raise NftError(f"set {shape.name} of table {table}: {_words(error)}") from error
+            raise NftError(f"set {shape.name} of table {table}: {words(error)}") from error
         if shape.interval and " . " not in shape.key:
             yield from _intervals(messages_elements(messages), key_length(shape.key))
             return
@@ -351,7 +330,3 @@ def _hook_of(fields: Mapping[int, memoryview]) -> Hook | None:
     kind = text_of(fields.get(_CHAIN_TYPE, b""))
     accepts = fields.get(_CHAIN_POLICY, b"\0\0\0\1") == b"\0\0\0\1"
     return Hook(kind, word, priority) if accepts else Hook(f"{kind} that drops", word, priority)
-
-
-def _words(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error or "answers were lost")

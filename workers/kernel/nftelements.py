@@ -13,13 +13,10 @@ import struct
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from kube_router.workers.kernel.monitor import nft_generation
 from kube_router.workers.kernel.netlink import (
-    NETLINK_NETFILTER,
     NLM_F_CREATE,
     Message,
     NetlinkError,
-    NetlinkSocket,
     Overflow,
     Request,
     attribute,
@@ -28,6 +25,7 @@ from kube_router.workers.kernel.netlink import (
     text_attribute,
     text_of,
 )
+from kube_router.workers.kernel.nftsocket import NftError, NftSocket, words
 from kube_router.workers.model import Family
 
 SUBSYSTEM = 10
@@ -45,17 +43,6 @@ MESSAGE_BYTES = 48 * 1024
 
 Key = bytes
 """A key as the kernel holds it: in network order; the fields of a concatenation are each padded to four bytes."""
-
-
-class NftError(Exception):
-    """The kernel refused something, or a command is none; one line of text.
-
-    ``refused``: (index of the command, why) for every command that is at fault, as far as that is known.
-    """
-
-    def __init__(self, text: str, refused: Sequence[tuple[int, str]] = ()) -> None:
-        super().__init__(text)
-        self.refused = tuple(refused)
 
 
 def pack_member(member: str, family: Family) -> Key:
@@ -137,27 +124,8 @@ class ElementChange:
     delete: Collection[Key] = ()
 
 
-class ElementDriver:
+class ElementDriver(NftSocket):
     """Reads and changes elements of the sets of one table a call, through one socket."""
-
-    def __init__(self) -> None:
-        self._netlink = NetlinkSocket(NETLINK_NETFILTER)
-
-    @property
-    def portid(self) -> int:
-        """Of its socket; see `monitor.TableListener`."""
-        return self._netlink.portid
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._netlink.close()
-
-    def generation(self) -> int:
-        """The number of the namespace's rule set: every transaction of anybody makes it another one."""
-        try:
-            return nft_generation(self._netlink)
-        except OSError as error:
-            raise NftError(f"nftables: {error.strerror or error}") from error
 
     def apply(self, family: Family, table: str, changes: Iterable[ElementChange]) -> None:
         """Make all changes, or none. An added key may be there already; a deleted one must be. Raises `NftError`."""
@@ -171,9 +139,9 @@ class ElementDriver:
         try:
             errors = self._netlink.transaction(SUBSYSTEM, requests)
         except (OSError, Overflow) as error:
-            raise NftError(f"elements of table {table}: {_words(error)}") from error
+            raise NftError(f"elements of table {table}: {words(error)}") from error
         if errors:
-            texts = {f"set {owners[index]}: {_words(error)}": None for index, error in errors.items()}
+            texts = {f"set {owners[index]}: {words(error)}": None for index, error in errors.items()}
             raise NftError(f"elements of table {table}: {'; '.join([*texts][:3])}")
 
     def keys(self, family: Family, table: str, name: str, length: int) -> set[Key] | None:
@@ -237,9 +205,9 @@ class ElementDriver:
         except NetlinkError as error:
             if error.errno == errno.ENOENT:
                 return None
-            raise NftError(f"set {name} of table {table}: {_words(error)}") from error
+            raise NftError(f"set {name} of table {table}: {words(error)}") from error
         except (OSError, Overflow) as error:
-            raise NftError(f"set {name} of table {table}: {_words(error)}") from error
+            raise NftError(f"set {name} of table {table}: {words(error)}") from error
 
 
 def _header(family: Family, table: str, name: str) -> bytes:
@@ -272,7 +240,3 @@ def _elements(message: Message) -> Iterator[dict[int, memoryview]]:
 
 def _key(element: dict[int, memoryview]) -> memoryview:
     return attribute_map(element[_ELEM_KEY])[_DATA_VALUE]
-
-
-def _words(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error or "answers were lost")

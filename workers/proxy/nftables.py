@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from kube_router.ipc.messages import Key
 from kube_router.workers.kernel.monitor import TableListener
 from kube_router.workers.kernel.nftbatch import TableDriver
-from kube_router.workers.kernel.nftelements import NftError
+from kube_router.workers.kernel.nftsocket import NftError
 from kube_router.workers.model import Failure, Family
 from kube_router.workers.proxy.backend import BackendError, Synced
 from kube_router.workers.proxy.model import Changed, ProxyFrame, ServiceTable
@@ -54,8 +54,7 @@ class Nftables:
 
     def wakers(self) -> Mapping[int, Callable[[], bool]]:
         """The listener for what others do to our tables; our own changes do not reach it."""
-        # All events are read, whatever the first says.
-        return {self._listener.fileno(): lambda: any([*self._listener.events()])}
+        return {self._listener.fileno(): self._listener.drain}
 
     def sync(self, table: ServiceTable, changed: Changed, frame: ProxyFrame, *, observe: bool, hold: bool) -> Synced:
         """See `Backend.sync`."""
@@ -75,7 +74,8 @@ class Nftables:
             except NftError as error:
                 failures.append(Failure(PHASE, f"{family}: {error}"))
         if not failures and not hold and (unchanged or all(result.looked for result in results.values())):
-            self._generation = self._expect(before + sum(result.commits for result in results.values()))
+            after = before + sum(result.commits for result in results.values())
+            self._generation = self._driver.stands_at(after)
         left = [way for result in results.values() for way in result.left]
         return Synced(
             writes=sum(result.writes for result in results.values()),
@@ -96,13 +96,6 @@ class Nftables:
         if family not in self._tables:
             self._tables[family] = TableSync(family, self._driver, _PACK[family])
         return self._tables[family]
-
-    def _expect(self, generation: int) -> int | None:
-        """The number, if it is the one that our own transactions alone lead to; then nobody came between them."""
-        with contextlib.suppress(NftError):
-            if self._driver.generation() == generation:
-                return generation
-        return None
 
     def _unable(self) -> dict[Key, tuple[str, ...]]:
         found: dict[Key, dict[str, None]] = {}

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from kube_router.ipc.messages import Key
 from kube_router.workers.kernel.nftbatch import Batch, Standing
-from kube_router.workers.kernel.nftelements import NftError
+from kube_router.workers.kernel.nftsocket import NftError
 from kube_router.workers.model import Family
 from kube_router.workers.nfttypes import Element, ElementData, SetShape
 from kube_router.workers.proxy import nftelements as made
